@@ -16,7 +16,6 @@ from PIL import Image
 from mirage_ds.curate.rewrite import Source
 from mirage_ds.curate.spec import Kind, VarySpec
 from mirage_ds.data.images import Key
-from mirage_ds.data.progress import progress_bar
 from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, TURNS_BEFORE, Record
 from mirage_ds.errors import UserError, is_text, shown
 from mirage_ds.tasks import get_task, level_of, named_task
@@ -64,8 +63,7 @@ def vary(kind: Kind, file: Path, spec: VarySpec) -> Written:
         before = record.extra.get("variant")
         variant = f"{before}+{kind}" if isinstance(before, str) else kind
         rows += [row._replace(extra=row.extra | {"variant": variant}) for row in made]
-    with progress_bar(f"{kind}: pictures") as progress:
-        return write_rows(rows, spec, progress)
+    return write_rows(rows, spec)
 
 
 def _check_flags(kind: Kind, spec: VarySpec) -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from mirage_ds.data.progress import Advance
 from mirage_ds.data.record import RecordError, make_record
 from mirage_ds.errors import UserError, shown
 from mirage_ds.tasks import get_task, task_name
@@ -13,34 +12,31 @@ from mirage_ds.tasks.task import Settings, Task
 from mirage_ds.tasks.write import Row, new_target, write_rows
 
 
-def build(task: str, settings: Settings, progress: Advance | None = None) -> BuildReport:
+def build(task: str, settings: Settings) -> BuildReport:
     """Write `settings.out`/NAME.jsonl and the pictures it names, relative to it, under `settings.out`/images/.
 
     Args:
         task: a name of `mirage_ds.tasks.TASKS`, or package.module:Name.
         settings: of the task's `build_settings`.
-        progress: called with (pictures written, pictures in all).
 
     Raises:
         UserError: an unknown task, a target that exists, what the task itself says.
     """
     made, report = get_task(task), BuildReport(task_name(task), new_target(settings))
-    return _write(made, made.build(settings, report), settings, report, progress)
+    return _write(made, made.build(settings, report), settings, report)
 
 
-def convert(task: str, source: Path, settings: Settings, progress: Advance | None = None) -> BuildReport:
+def convert(task: str, source: Path, settings: Settings) -> BuildReport:
     """Write the records of a file or folder in another form; as `build`, with the task's `convert_settings`."""
     made, report = get_task(task), BuildReport(task_name(task), new_target(settings))
     if not source.exists():
         raise UserError(f"{source}: no such file or folder; check the path")
-    return _write(made, made.convert(source, settings, report), settings, report, progress)
+    return _write(made, made.convert(source, settings, report), settings, report)
 
 
-def _write(
-    task: Task, drafts: Iterable[Draft], settings: Settings, report: BuildReport, progress: Advance | None
-) -> BuildReport:
+def _write(task: Task, drafts: Iterable[Draft], settings: Settings, report: BuildReport) -> BuildReport:
     rows = _rows(task, drafts, settings, report)
-    report.images = write_rows(list(rows) if isinstance(drafts, Sequence) else rows, settings, progress).images
+    report.images = write_rows(list(rows) if isinstance(drafts, Sequence) else rows, settings).images
     return report
 
 

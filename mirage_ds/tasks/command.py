@@ -45,14 +45,11 @@ class TaskGroup(Group):
 
 def _command(name: str, task: Task, settings: type[Settings], way: Way) -> click.Command:
     def run(source: Path | None = None, **flags: Any) -> None:
-        from mirage_ds.data.progress import progress_bar
         from mirage_ds.tasks.build import build, convert
         from mirage_ds.tasks.report import print_report
 
         wanted = build_model(settings, flags)
-        with progress_bar(f"{name}: pictures") as progress:
-            report = build(name, wanted, progress) if source is None else convert(name, source, wanted, progress)
-        print_report(report)
+        print_report(build(name, wanted) if source is None else convert(name, source, wanted))
 
     if way == "convert":
         run = click.argument("source", type=click.Path(path_type=Path))(run)

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mirage_ds.data.progress import Advance
+from mirage_ds.data.progress import progress_bar
 from mirage_ds.errors import UserError, is_text
 from mirage_ds.files import TROUBLES, check_output
 from mirage_ds.tasks.draft import Picture
@@ -115,12 +115,11 @@ def _new_pictures(rows: Iterable[Row], *folders: Path) -> dict[str, Picture]:
     return {name: one for name, one in pictures.items() if not any((folder / name).exists() for folder in folders)}
 
 
-def write_rows(rows: Iterable[Row], settings: Settings, progress: Advance | None = None) -> Written:
+def write_rows(rows: Iterable[Row], settings: Settings) -> Written:
     """Write the JSONL file, and the pictures that are not there yet under images/ beside it.
 
     Args:
         rows: taken ROWS_AT_A_TIME, so that an iterator's never lie in memory together.
-        progress: called with (pictures written, pictures in all; None where `rows` is an iterator).
 
     Raises:
         UserError: the target exists, or cannot be written.
@@ -133,6 +132,7 @@ def write_rows(rows: Iterable[Row], settings: Settings, progress: Advance | None
         # Compressing pictures is most of the work.
         ThreadPoolExecutor() as pool,
         (work / target.name).open("w", encoding="utf-8", newline="\n") as file,
+        progress_bar("pictures") as advance,
     ):
 
         def save(name: str, picture: Picture) -> None:
@@ -144,8 +144,7 @@ def write_rows(rows: Iterable[Row], settings: Settings, progress: Advance | None
             file.writelines(row.line(target.parent) for row in some)
             new = _new_pictures(some, target.parent, work)
             for done, _ in enumerate(pool.map(save, new, new.values()), images + 1):
-                if progress is not None:
-                    progress(done, total)
+                advance(done, total)
             count += len(some)
             images += len(new)
     return Written(target, count, images)
