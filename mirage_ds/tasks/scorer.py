@@ -36,14 +36,10 @@ class Scorer(BoxedAnswer):
     """
 
     def __init__(self, name: str, function: Callable[[str, dict[str, Any]], Any]):
-        self.name, self.function = name, function
+        self._name, self.function = name, function
         if not callable(function):
             how = "write def score(answer, record)"
             raise UserError(f"task '{name}' is {shown(function)}, neither a function nor a class; {how}")
-
-    @property
-    def _name(self) -> str:
-        return self.name
 
     def score_record(self, text: str, record: Mapping[str, Any]) -> dict[str, float]:
         """Call the function; a number without a name is `score`.
@@ -54,13 +50,13 @@ class Scorer(BoxedAnswer):
         try:
             value = self.function(text, dict(record))
         except Exception as error:
-            what = f"task {self.name} fails for the answer {shown(text)} ({told(error)})"
+            what = f"task {self._name} fails for the answer {shown(text)} ({told(error)})"
             how = "a scorer must take any text, an empty one too, as def score(answer, record) does"
             raise UserError(f"{what}; {how}") from error
         named = value if isinstance(value, Mapping) else {MAIN: value}
         numbers = {key: as_number(one) for key, one in named.items()}
         if not numbers or not all(isinstance(key, str) and math.isfinite(one) for key, one in numbers.items()):
-            what = f"task {self.name} returned {shown(value)} for the answer {shown(text)}"
+            what = f"task {self._name} returned {shown(value)} for the answer {shown(text)}"
             raise UserError(f"{what}; return a finite number, True or False, or a dict of such by name")
         return numbers
 

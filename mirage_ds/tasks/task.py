@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -41,7 +42,7 @@ class Task(ABC):
     build_settings: ClassVar[type[Settings] | None] = None
     convert_settings: ClassVar[type[Settings] | None] = None
 
-    @property
+    @cached_property
     def _name(self) -> str:
         """The name by which it is told to the user."""
         own = f"{type(self).__module__}:{type(self).__name__}"
