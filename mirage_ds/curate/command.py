@@ -96,7 +96,7 @@ def rationalize(file: Path, short: int | None, **flags: Any) -> None:
     """
     from mirage_ds.curate.rationalize.form import MEANINGS
     from mirage_ds.curate.rationalize.run import rationalize as run
-    from mirage_ds.tasks.report import print_counts
+    from mirage_ds.tasks.build import print_counts
 
     if short is not None and flags["samples"] not in (None, short):
         raise UserError(f"-n {short} and --samples {flags['samples']} say two things; give one of them")

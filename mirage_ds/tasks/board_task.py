@@ -17,10 +17,9 @@ from mirage_ds.data.messages import FIELDS
 from mirage_ds.data.record import parse_object
 from mirage_ds.errors import UserError
 from mirage_ds.tasks import maps
-from mirage_ds.tasks.draft import Draft
+from mirage_ds.tasks.draft import BuildReport, Draft
 from mirage_ds.tasks.maps import Board, map_hash
 from mirage_ds.tasks.render import load_tiles
-from mirage_ds.tasks.report import BuildReport
 from mirage_ds.tasks.tables import read_rows, reading
 from mirage_ds.tasks.task import Settings, Task
 

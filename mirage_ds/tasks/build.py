@@ -1,13 +1,15 @@
-"""Make a task's records and write them, whole or not at all (see `mirage_ds.tasks.write`)."""
+"""Make a task's records, write them, whole or not at all (see `mirage_ds.tasks.write`), and tell the counts."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from rich.console import Console
+from rich.table import Table
+
 from mirage_ds.data.record import RecordError, make_record
 from mirage_ds.errors import UserError, shown
 from mirage_ds.tasks import get_task, task_name
-from mirage_ds.tasks.draft import Draft
-from mirage_ds.tasks.report import BuildReport
+from mirage_ds.tasks.draft import BuildReport, Draft
 from mirage_ds.tasks.task import Settings, Task
 from mirage_ds.tasks.write import Row, new_target, write_rows
 
@@ -75,3 +77,27 @@ def _row(task: Task, draft: Draft, settings: Settings, name: str) -> Row:
         fault = error.fault
         raise UserError(f"task {name} makes a record with {fault.what} in {fault.field}; {fault.how}") from None
     return row
+
+
+def print_report(report: BuildReport) -> None:
+    """Print the counts as a table on stdout."""
+    counts: list[tuple[str, int]] = [("records", report.records), ("images written", report.images)]
+    levels = sorted(report.levels.items(), key=lambda item: str(item[0]))
+    counts += [(f"level {level}", count) for level, count in levels]
+    classes = sorted(report.classes.items(), key=lambda item: (len(item[0]), item[0]))
+    counts += [(f"answer {kind}", count) for kind, count in classes]
+    twice = f"duplicates {'kept' if report.duplicates_kept else 'removed'}"
+    counts += [(twice, report.duplicates), ("excluded", report.excluded), *report.notes.items()]
+    print_counts(f"{report.task}: {report.file}", counts)
+
+
+def print_counts(title: str, counts: Iterable[tuple[str, int | str]]) -> None:
+    """Print a title, if there is one, and a table of counts on stdout."""
+    console = Console()
+    if title:
+        console.print(title, soft_wrap=True, highlight=False, markup=False)
+    table = Table("what")
+    table.add_column("count", justify="right")
+    for what, count in counts:
+        table.add_row(what, str(count))
+    console.print(table)

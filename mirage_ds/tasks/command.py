@@ -45,8 +45,7 @@ class TaskGroup(Group):
 
 def _command(name: str, task: Task, settings: type[Settings], way: Way) -> click.Command:
     def run(source: Path | None = None, **flags: Any) -> None:
-        from mirage_ds.tasks.build import build, convert
-        from mirage_ds.tasks.report import print_report
+        from mirage_ds.tasks.build import build, convert, print_report
 
         wanted = build_model(settings, flags)
         print_report(build(name, wanted) if source is None else convert(name, source, wanted))

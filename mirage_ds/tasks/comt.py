@@ -18,8 +18,7 @@ from mirage_ds.errors import shown
 from mirage_ds.tasks import tables
 from mirage_ds.tasks.boxed import last_boxed
 from mirage_ds.tasks.choices import ChoiceTask, marked_question, read_choice, without_letters
-from mirage_ds.tasks.draft import Draft, Picture
-from mirage_ds.tasks.report import BuildReport
+from mirage_ds.tasks.draft import BuildReport, Draft, Picture
 
 LETTERS = ["A", "B", "C", "D"]
 # In the list of images: [IMAGE0:ID].

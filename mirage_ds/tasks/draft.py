@@ -1,8 +1,10 @@
-"""What a task hands to the writer: one record whose pictures are not written yet."""
+"""What a task hands to the writer: records whose pictures are not written yet, and counts of what was left out."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from PIL import Image
@@ -62,3 +64,35 @@ class Draft:
     kind: str = ""
     key: str = ""
     replaced: bool = False
+
+
+@dataclass
+class BuildReport:
+    """The counts of a build or a conversion.
+
+    Attributes:
+        file: the JSONL file written.
+        records: its rows.
+        images: pictures written; those that records share are written once.
+        levels: rows per `level`: the side of a board, the kind of a question.
+        classes: rows per class of the answer.
+        duplicates: repeated rows met (random boards: draws; the same map, or for reasoning the same map and plan).
+        duplicates_kept: whether they stand in the file all the same.
+        excluded: rows (random boards: draws) left out because a setting says so.
+        notes: further lines, what and how many.
+    """
+
+    task: str
+    file: Path
+    records: int = 0
+    images: int = 0
+    levels: Counter[int | str] = field(default_factory=Counter)
+    classes: Counter[str] = field(default_factory=Counter)
+    duplicates: int = 0
+    duplicates_kept: bool = False
+    excluded: int = 0
+    notes: Counter[str] = field(default_factory=Counter)
+
+    def note(self, what: str, count: int = 1) -> None:
+        """Count something that only this task knows; 0 puts the line into the table all the same."""
+        self.notes[what] += count

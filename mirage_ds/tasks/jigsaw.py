@@ -18,8 +18,7 @@ from pydantic import Field
 from mirage_ds.errors import UserError
 from mirage_ds.tasks import tables
 from mirage_ds.tasks.choices import ChoiceTask, read_choice, without_letters
-from mirage_ds.tasks.draft import Draft, Picture
-from mirage_ds.tasks.report import BuildReport
+from mirage_ds.tasks.draft import BuildReport, Draft, Picture
 from mirage_ds.tasks.task import Settings
 
 Split = Literal["train", "dev", "test"]

@@ -23,8 +23,7 @@ from mirage_ds.errors import shown
 from mirage_ds.tasks import tables
 from mirage_ds.tasks.boxed import BoxedAnswer, last_boxed
 from mirage_ds.tasks.choices import marked_question
-from mirage_ds.tasks.draft import Draft, Picture
-from mirage_ds.tasks.report import BuildReport
+from mirage_ds.tasks.draft import BuildReport, Draft, Picture
 
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.S)
 # Monet's marks: of a picture's latents, and of text that it makes the latents see.

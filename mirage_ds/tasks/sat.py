@@ -13,8 +13,7 @@ from pydantic import Field
 from mirage_ds.errors import UserError
 from mirage_ds.tasks import tables
 from mirage_ds.tasks.choices import ChoiceTask, plain
-from mirage_ds.tasks.draft import Draft
-from mirage_ds.tasks.report import BuildReport
+from mirage_ds.tasks.draft import BuildReport, Draft
 
 # The paper's two kinds of question, as it writes them and as the data does.
 PAPERS_TYPES = ["goal-aim", "object-movement", "obj-movement"]

@@ -18,8 +18,7 @@ from mirage_ds.data.messages import HELPER_MARK, IMAGE_MARK
 from mirage_ds.data.record import blamed, parse_object
 from mirage_ds.data.sources import columns_of, count_rows, pieces, rows_of
 from mirage_ds.errors import UserError, reason, shown
-from mirage_ds.tasks.draft import Draft, Picture
-from mirage_ds.tasks.report import BuildReport
+from mirage_ds.tasks.draft import BuildReport, Draft, Picture
 from mirage_ds.tasks.task import Settings
 
 TABLES = (".parquet", ".arrow")

@@ -17,8 +17,7 @@ from mirage_ds.errors import UserError, shown
 from mirage_ds.tasks import TASKS
 
 if TYPE_CHECKING:
-    from mirage_ds.tasks.draft import Draft
-    from mirage_ds.tasks.report import BuildReport
+    from mirage_ds.tasks.draft import BuildReport, Draft
 
 
 class Settings(BaseModel, extra="forbid"):

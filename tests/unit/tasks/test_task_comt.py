@@ -18,7 +18,7 @@ from mirage_ds.errors import UserError
 from mirage_ds.evaluate.scoring import Prediction, score
 from mirage_ds.tasks.build import convert
 from mirage_ds.tasks.comt import ComtSettings
-from mirage_ds.tasks.report import BuildReport
+from mirage_ds.tasks.draft import BuildReport
 
 
 def picture(folder: Path, name: str, seed: int) -> None:

@@ -23,8 +23,8 @@ from mirage_ds.data.record_files import scan
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.scoring import Prediction, score
 from mirage_ds.tasks.build import build, convert
+from mirage_ds.tasks.draft import BuildReport
 from mirage_ds.tasks.jigsaw import CORNERS, BlinkSettings, JigsawSettings
-from mirage_ds.tasks.report import BuildReport
 
 TASK = "blink-jigsaw"
 SMALL = {"side": 84, "min_side": 56}

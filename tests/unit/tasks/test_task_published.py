@@ -17,8 +17,8 @@ from mirage_ds.curate.check import check_file
 from mirage_ds.errors import UserError
 from mirage_ds.tasks import get_task
 from mirage_ds.tasks.build import convert
+from mirage_ds.tasks.draft import BuildReport
 from mirage_ds.tasks.published import PublishedSettings
-from mirage_ds.tasks.report import BuildReport
 
 LATENTS = "<abs_vis_token></abs_vis_token>"
 

@@ -19,8 +19,8 @@ from mirage_ds.config.flags import build_model
 from mirage_ds.data.record_files import scan
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.scoring import Prediction, score
-from mirage_ds.tasks.build import convert
-from mirage_ds.tasks.report import BuildReport, print_report
+from mirage_ds.tasks.build import convert, print_report
+from mirage_ds.tasks.draft import BuildReport
 from mirage_ds.tasks.sat import SatSettings
 
 TYPES = ["obj_movement", "goal_aim", "ego_movement", "perspective"]

@@ -19,8 +19,8 @@ from mirage_ds.config.mixture import apportion
 from mirage_ds.errors import UserError
 from mirage_ds.tasks import maps, render, task_name
 from mirage_ds.tasks.board_task import BuildSpec
-from mirage_ds.tasks.build import build
-from mirage_ds.tasks.report import BuildReport, print_report
+from mirage_ds.tasks.build import build, print_report
+from mirage_ds.tasks.draft import BuildReport
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 ROWS = FIXTURES / "vsp_planning_rows.jsonl"
