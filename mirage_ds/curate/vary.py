@@ -145,11 +145,6 @@ def _helper_input(given: Given) -> list[Row]:
     return [_without_helper(row)._replace(text_input=text, inputs=row.inputs + row.helpers)]
 
 
-def _helper_rows(given: Given) -> list[Row]:
-    """The row without its helper, and the row that sees it."""
-    return [_without_helper(given.row), *_helper_input(given)]
-
-
 def _helper_text(given: Given) -> list[Row]:
     """What the helper shows, in words where it stood."""
     record = given.record
@@ -174,11 +169,6 @@ def _joined(before: str, after: str) -> str:
     """Join two texts so that words do not run into their neighbours; what stood apart stays as it was."""
     apart = not before or not after or before[-1].isspace() or after[0].isspace()
     return before + after if apart else f"{before} {after}"
-
-
-def _helper_swap(given: Given) -> list[Row]:
-    """Another record's helpers."""
-    return [given.row._replace(helpers=given.source.row(given.partner).helpers)]
 
 
 def _helper_noise(given: Given) -> list[Row]:
@@ -213,9 +203,11 @@ def _helper_only(given: Given) -> list[Row]:
 
 MAKERS: dict[Kind, Callable[[Given], list[Row]]] = {
     "helper-input": _helper_input,
-    "helper-rows": _helper_rows,
+    # The row without its helper, and the row that sees it.
+    "helper-rows": lambda given: [_without_helper(given.row), *_helper_input(given)],
     "helper-text": _helper_text,
-    "helper-swap": _helper_swap,
+    # Another record's helpers.
+    "helper-swap": lambda given: [given.row._replace(helpers=given.source.row(given.partner).helpers)],
     "helper-noise": _helper_noise,
     "no-image": _no_image,
     "helper-only": _helper_only,

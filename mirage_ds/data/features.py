@@ -25,11 +25,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from mirage_ds.data.sample import ImageKeys
 from mirage_ds.errors import UserError
-from mirage_ds.files import sync
+from mirage_ds.files import write_atomically
 
 # Raised whenever the bytes in a shard mean something else than before.
 FORMAT = 2
@@ -188,17 +188,11 @@ class ShardWriter:
         """Write what waits."""
         if not self.waiting:
             return
-        self.store.place.mkdir(parents=True, exist_ok=True)
         checks = {key: zlib.crc32(own.view(torch.uint8).numpy().data) for key, own in self.waiting.items()}
-        name = uuid.uuid4().hex
-        partial = self.store.place / f".{name}.partial"
-        try:
-            save_file(self.waiting, partial, {"space": self.store.space, "checks": json.dumps(checks)})
-            sync(partial)
-            partial.replace(self.store.place / (name + SUFFIX))
-        finally:
-            partial.unlink(missing_ok=True)
-        self.written.append(name + SUFFIX)
+        content = save(self.waiting, {"space": self.store.space, "checks": json.dumps(checks)})
+        name = f"{uuid.uuid4().hex}{SUFFIX}"
+        write_atomically(self.store.place / name, content)
+        self.written.append(name)
         self.waiting, self.bytes = {}, 0
 
 

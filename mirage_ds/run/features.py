@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 
 from mirage_ds.config.mixture import Records
 from mirage_ds.data.encode import Encoder, beside_each
@@ -143,11 +142,9 @@ def _said(folder: Path) -> Iterator[None]:
     """Turn what the folder of features leads to on this rank into a sentence."""
     try:
         yield
-    # safetensors has an error of its own for a full disk.
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         how = "make room or name another folder, or --feature_cache off"
-        what = getattr(error, "strerror", None) or reason(error)
-        raise UserError(f"--feature_dir {folder}: {what}; {how}", everywhere=False) from None
+        raise UserError(f"--feature_dir {folder}: {error.strerror or reason(error)}; {how}", everywhere=False) from None
 
 
 def _check_room(kept: KeptFeatures, places: np.ndarray, folder: Path) -> None:

@@ -352,15 +352,18 @@ def test_a_chunk_is_bounded_by_its_bytes(size: int) -> None:
 
 
 def test_a_full_disk_while_features_are_kept_is_a_sentence(tmp_path: Path) -> None:
-    """safetensors' own error, under a limit on the size of files as a full disk sets one."""
+    """A shard, under a limit on the size of files as a full disk sets one."""
     program = (
-        "import resource, signal, sys, torch; from pathlib import Path; from safetensors.torch import save_file\n"
+        "import resource, signal, sys, torch; from pathlib import Path\n"
+        "from mirage_ds.data.features import FeatureStore, ShardWriter\n"
         "from mirage_ds.run.features import _said\n"
+        "store = FeatureStore(Path(sys.argv[1]), {}, 1, torch.float32)\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))\n"
-        "with _said(Path(sys.argv[1])): save_file({'a': torch.ones(1 << 16)}, sys.argv[1] + '/shard')\n"
+        "with _said(Path(sys.argv[1])): ShardWriter(store, 1).add((1, 2), torch.ones(1 << 16, 1))\n"
     )
     ended = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False)
     said = ended.stderr.splitlines()[-1]
     assert said.startswith(f"mirage_ds.errors.UserError: --feature_dir {tmp_path}: ")
     assert "make room" in said
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
