@@ -136,20 +136,15 @@ class Child:
         last = next((line for line in reversed(said) if line), "")
         return f"ended with exit code {code}" + (f": {last[-300:]}" if last else " and said nothing")
 
-    def signal(self, number: int) -> None:
-        """Send a signal to the process itself."""
-        if self.process.poll() is None:
-            self.process.send_signal(number)
-
     def stop(self) -> None:
         """Ask the process to save and leave."""
         self._asked = True
-        self.signal(signal.SIGTERM)
+        self.process.send_signal(signal.SIGTERM)
 
     def ask_for_stacks(self) -> None:
         """Let the process write its stacks; before its first mark the signal would end it (heartbeat.guarded)."""
         if self.progress:
-            self.signal(STACKS_SIGNAL)
+            self.process.send_signal(STACKS_SIGNAL)
 
     def stacks(self) -> str:
         """Return the stacks that the process has written so far."""

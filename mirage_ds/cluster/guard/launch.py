@@ -52,7 +52,7 @@ async def watch(words: Sequence[str], client: Client) -> NoReturn:
     # The hub wants nothing of a launcher.
     verdict = await talk(child, client, lambda message: None, stop)
     if asked and not client.connected:
-        child.signal(signal.SIGTERM)
+        child.process.send_signal(signal.SIGTERM)
     await end(child, client.bounds.grace + LAUNCHER_S)
     leave(verdict)
 
