@@ -22,7 +22,7 @@ import click
 
 from mirage_ds.cluster.doctor.probe import say
 from mirage_ds.cluster.doctor.transport import Answer, Reach, ask_all
-from mirage_ds.cluster.guard.child import Child
+from mirage_ds.cluster.guard.watch import Child
 from mirage_ds.cluster.hosts import Host
 from mirage_ds.engine.place import Place
 from mirage_ds.run.process import run_rank

@@ -11,9 +11,8 @@ from urllib.parse import unquote
 import click
 import psutil
 
-from mirage_ds.cluster.guard.child import Child, adopt_orphans
 from mirage_ds.cluster.guard.hub import Hub
-from mirage_ds.cluster.guard.watch import CONTEXT, OPTIONS, SAYS, end, leave, talk, tell
+from mirage_ds.cluster.guard.watch import CONTEXT, OPTIONS, SAYS, Child, adopt_orphans, end, leave, talk, tell
 from mirage_ds.cluster.guard.wire import EXIT_HANG, Bounds, Client
 from mirage_ds.engine.place import Place, find_place
 from mirage_ds.run.process import run_rank

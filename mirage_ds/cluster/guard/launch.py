@@ -14,10 +14,9 @@ from typing import NoReturn
 
 import click
 
-from mirage_ds.cluster.guard.child import Child, adopt_orphans
 from mirage_ds.cluster.guard.judge import STOPPED
-from mirage_ds.cluster.guard.watch import CONTEXT, LAUNCHER_S, OPTIONS, SAYS, end, leave, listen, talk
-from mirage_ds.cluster.guard.wire import Bounds, Client
+from mirage_ds.cluster.guard.watch import CONTEXT, OPTIONS, SAYS, Child, adopt_orphans, end, leave, listen, talk
+from mirage_ds.cluster.guard.wire import LAUNCHER_S, Bounds, Client
 from mirage_ds.errors import EXIT_STOPPED
 from mirage_ds.run.process import run_rank
 

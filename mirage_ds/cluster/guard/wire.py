@@ -12,6 +12,8 @@ from mirage_ds.errors import EXIT_LOST, EXIT_USER_ERROR
 
 # A sign of life is due this often, in seconds.
 BEAT_S = 0.5
+# A launcher looks at its processes about once a second, and may take so long to notice that they have ended.
+LAUNCHER_S = 10.0
 
 # Stacks of a rank with many threads are the longest message.
 LONGEST_LINE = 4 << 20

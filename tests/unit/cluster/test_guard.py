@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mirage_ds.cluster.guard.child import die_with
+from mirage_ds.cluster.guard.watch import die_with
 from mirage_ds.cluster.guard.wire import EXIT_HANG
 from mirage_ds.errors import EXIT_LOST, EXIT_STOPPED, EXIT_USER_ERROR
 
