@@ -6,7 +6,7 @@ W ranks, G micro-steps of a step.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 
 import torch
 
@@ -120,10 +120,7 @@ class Loader:
         Raises:
             UserError: a row cannot be filled; only this rank knows.
         """
-        work = ((micro[self.rank], self._most_runs(micro)) for micro in bins)
+        runs = self.rows.records["runs"]
+        work = ((micro[self.rank], int(runs[list(chain(*micro))].max(initial=0))) for micro in bins)
         for shipment in from_workers(self.batch, work, self.workers, 4, torch.cuda.is_available()):
             yield shipment.unpack()
-
-    def _most_runs(self, micro: Bins) -> int:
-        rows = [row for rank in micro for row in rank]
-        return int(self.rows.records["runs"][rows].max(initial=0))
