@@ -26,7 +26,7 @@ from mirage_ds.cluster.here import Job, free_ports, this_machine, visible_gpus
 from mirage_ds.cluster.hosts import Host, read_hosts
 from mirage_ds.errors import EXIT_STOPPED, UserError, reason
 from mirage_ds.files import write_atomically
-from mirage_ds.study.nodes import Node, Study
+from mirage_ds.study.nodes import Node, Study, is_text
 from mirage_ds.study.store import Store
 
 LOOK_S = 0.1
@@ -165,7 +165,7 @@ def command(node: Node, store: Store, place: Place) -> list[str]:
     for name, value in flags.items():
         words += [f"--{name}", str(value)] if value is not None else []
     # Whatever else is in its slots, such as pauses, a model that has some opens latent blocks.
-    if node.kind == "evaluate" and node.config.stage == "sft" and node.config.slots is None:
+    if node.kind == "evaluate" and is_text(node.parent):
         words.append("--no_latents")
     return _launched(words, folder, place)
 

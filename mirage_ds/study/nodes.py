@@ -296,6 +296,15 @@ def _scorer(task: str | None, where: str) -> dict[str, str]:
     return {"scorer": _file_hash(Path(found.origin))}
 
 
+def is_text(model: Node) -> bool:
+    """Tell whether the answers of a training node's model have no slots: sft, and rl of text alone."""
+    config = model.config
+    if config.stage == "rl" and config.latent_policy is None and model.parent is not None:
+        # A run goes by what its model was trained with.
+        return is_text(model.parent)
+    return config.latent_policy == "text" or (config.stage == "sft" and config.slots is None)
+
+
 def _evaluations(spec: StudySpec, arm: str, last: Node, here: Path) -> Iterator[tuple[str, Node]]:
     """Yield the evaluations of an arm's last model, and its controls where answers see latents, under Cell.keys."""
     config = last.config
@@ -311,7 +320,8 @@ def _evaluations(spec: StudySpec, arm: str, last: Node, here: Path) -> Iterator[
             **_scorer(evaluation.task, f"evaluation {name}"),
         }
         yield f"{SCORES} {name}", Node("evaluate", name, last, config, evaluation, material)
-        if evaluation.controls and config.stage != "sft" and (config.slots or "latents") == "latents":
+        sees_latents = config.stage != "sft" and (config.slots or "latents") == "latents" and not is_text(last)
+        if evaluation.controls and sees_latents:
             material = {
                 **{**material, "kind": "controls", "conditions": parse_names(evaluation.controls)},
                 "helper_pixels": [config.helper_min_pixels, config.helper_max_pixels],

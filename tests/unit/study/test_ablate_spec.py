@@ -18,6 +18,7 @@ from mirage_ds.config.rl import RL_ONLY
 from mirage_ds.config.run import RunConfig
 from mirage_ds.errors import UserError
 from mirage_ds.study.collect import POINTS, curve_of, stated
+from mirage_ds.study.execute import Place, command
 from mirage_ds.study.nodes import MACHINE, model_hash, records_hash
 from mirage_ds.study.overview import steps_of
 from mirage_ds.study.spec import arm_names, read_study
@@ -207,12 +208,19 @@ def test_controls_run_where_answers_see_latents(tmp_path: Path, nano: Path) -> N
         "aux": {"chain": ["stage1"], "settings": {"slots": "auxiliary"}},
         "one": {"chain": ["stage1"]},
         "two": {"chain": ["stage1", "stage2"]},
+        "learnt": {"chain": ["stage1", "rl"]},
+        "mute": {"chain": ["stage1", "rl"], "settings": {"rl.latent_policy": "text"}},
+        "words": {"chain": ["sft", "rl"]},
     }
     asked = {"data_path": "data.jsonl", "controls": "zero,own"}
     evaluations = {"test": asked, "some": asked | {"arms": ["two"], "controls_most": 2}}
-    study, _ = opened(write_study(tmp_path, nano, arms=arms, seeds=[0], evaluations=evaluations))
+    stages = STAGES | {"rl": {"stage": "rl"}}
+    study, store = opened(write_study(tmp_path, nano, arms=arms, seeds=[0], evaluations=evaluations, stages=stages))
     cells = {cell.arm: cell for cell in study.cells}
-    assert {name for name, cell in cells.items() if "controls test" in cell.results} == {"one", "two"}
+    assert {name for name, cell in cells.items() if "controls test" in cell.results} == {"one", "two", "learnt"}
+    scored = {name: study.nodes[cell.results["scores test"]] for name, cell in cells.items()}
+    silent = {name for name, node in scored.items() if "--no_latents" in command(node, store, Place(1))}
+    assert silent == {"text", "mute", "words"}
     assert {name for name, cell in cells.items() if "scores some" in cell.results} == {"two"}
     assert study.nodes[cells["one"].results["controls test"]].material["conditions"] == ["own", "zero"]
 
