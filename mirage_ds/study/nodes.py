@@ -320,8 +320,7 @@ def _evaluations(spec: StudySpec, arm: str, last: Node, here: Path) -> Iterator[
             **_scorer(evaluation.task, f"evaluation {name}"),
         }
         yield f"{SCORES} {name}", Node("evaluate", name, last, config, evaluation, material)
-        sees_latents = config.stage != "sft" and (config.slots or "latents") == "latents" and not is_text(last)
-        if evaluation.controls and sees_latents:
+        if evaluation.controls and not is_text(last) and (config.slots or "latents") == "latents":
             material = {
                 **{**material, "kind": "controls", "conditions": parse_names(evaluation.controls)},
                 "helper_pixels": [config.helper_min_pixels, config.helper_max_pixels],
