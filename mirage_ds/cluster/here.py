@@ -33,7 +33,7 @@ def visible_gpus(environment: Mapping[str, str]) -> list[str]:
         return []
     if listed.returncode:
         said = (listed.stdout + listed.stderr).strip().splitlines() or ["nothing"]
-        raise UserError(f"nvidia-smi fails and says: {said[0]}; mend the driver, or set DS_ACCELERATOR=cpu")
+        raise UserError(f"nvidia-smi fails and says: {said[0]}; fix the driver, or set DS_ACCELERATOR=cpu")
     return [str(number) for number, _ in enumerate(listed.stdout.splitlines())]
 
 

@@ -17,8 +17,8 @@ class FolderSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
     processor: Path | None = Field(None, description="Folder that gives the image processor if FOLDER has none.")
-    min_pixels: int | None = Field(None, description="Smallest input image; the processor's own if not set.")
-    max_pixels: int | None = Field(None, description="Largest input image; the processor's own if not set.")
+    min_pixels: int | None = Field(None, description="Smallest input image. [default: the folder's, as trained]")
+    max_pixels: int | None = Field(None, description="Largest input image. [default: the folder's, as trained]")
 
     @property
     def pixels(self) -> Pixels:

@@ -31,7 +31,7 @@ class PlanSpec(BaseModel):
     micro_batch_tokens: PositiveInt = Field(8192, description="Tokens packed into one micro-batch of one rank.")
     micro_steps: PositiveInt = Field(1, description="Micro-steps of an optimizer step.")
     row_tokens: PositiveInt = Field(500, description="Tokens of a row, its images included.")
-    labelled: float = Field(0.2, gt=0, le=1, description="Share of a row from its first latent on; sft: of labels.")
+    labelled: float = Field(0.2, gt=0, le=1, description="Row's share from its first latent on (sft: its labels).")
     images: NonNegativeInt = Field(1, description="Input images of a row.")
     image_tokens: PositiveInt = Field(256, description="Merged features of an image; 256 are 448 x 448 pixels.")
     rows: PositiveInt = Field(3000, description="Records, for the size of the kept features.")

@@ -16,8 +16,8 @@ from mirage_ds.files import Output
 def controls(folder: Path, **flags: Any) -> None:
     """Replace the latents and see whether the answers need them.
 
-    The model in FOLDER answers each record greedily under each condition, always with the same number of slots, and
-    compared with the model's own latents: paired differences of the score and of the right answer's likelihood.
+    The model in FOLDER answers each record greedily under each condition, with the same number of slots (off: none).
+    Reported: paired differences from its own latents, of the score and of the right answer's likelihood.
     `mirage-ds docs controls` says what a result means.
 
     \b
