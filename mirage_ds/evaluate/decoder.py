@@ -32,7 +32,7 @@ from mirage_ds.model.generate import Prompts, check_room, decode, generate
 from mirage_ds.model.load import Loaded, check_folder, load_model
 from mirage_ds.model.rows import Generated
 from mirage_ds.model.slots import Latents, LatentTokens, Limits, latent_tokens, noise, pause
-from mirage_ds.model.vision import CALL_PATCHES, FrozenTower
+from mirage_ds.model.vision import FrozenTower
 
 Track = Callable[[Sequence[Any]], Iterable[Any]]
 
@@ -143,10 +143,7 @@ def load_decoder(
     dtype = decoding_dtype(stored, device)
     loaded = load_model(place, stage="sft", dtype=dtype, device=device, checkpointing=False)
     loaded.model.eval()
-    decoder = Decoder(place, loaded, encoder, latents)
-    # On a CPU too: features are not kept here.
-    decoder.tower.call_patches = CALL_PATCHES
-    return decoder
+    return Decoder(place, loaded, encoder, latents)
 
 
 def save_decoder(decoder: Decoder, target: Path, trained: dict[str, Any]) -> None:
