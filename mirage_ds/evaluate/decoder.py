@@ -32,7 +32,7 @@ from mirage_ds.model.generate import Prompts, check_room, decode, generate
 from mirage_ds.model.load import Loaded, check_folder, load_model
 from mirage_ds.model.rows import Generated
 from mirage_ds.model.slots import Latents, LatentTokens, Limits, latent_tokens, pause
-from mirage_ds.model.vision import FrozenTower
+from mirage_ds.model.vision import CALL_PATCHES, FrozenTower
 
 Track = Callable[[Sequence[Any]], Iterable[Any]]
 
@@ -141,6 +141,9 @@ def load_decoder(
     dtype = decoding_dtype(stored, device)
     loaded = load_model(place, stage="sft", dtype=dtype, device=device, checkpointing=False)
     loaded.model.eval()
+    assert loaded.tower is not None
+    # On a CPU too: what is read here is not kept.
+    loaded.tower.call_patches = CALL_PATCHES
     return Decoder(place, loaded, encoder, latents)
 
 
@@ -230,13 +233,44 @@ def pack(model: MirageModel, tower: FrozenTower, encoder: Encoder, samples: Sequ
     return to_device(tower.attach(collate(samples, passes, encoder.dummy(0))), model.head.weight.device)
 
 
+def reader(
+    model: MirageModel, tower: FrozenTower, encoder: Encoder, count: int, prompt: Callable[[int], Sample]
+) -> Callable[[int, int], Batch]:
+    """Return what reads prompts (Prompts.read); the tower sees the images of as many as one call of it takes.
+
+    Rows enter one or two at a time, and many small calls cost several times what a large one does.
+
+    Args:
+        prompt: encodes the i-th of `count` prompts (Encoder.encode_prompt), not before it is needed: the pixels of a
+            whole file do not fit into memory.
+    """
+    seen: dict[int, Sample] = {}
+
+    def see(first: int) -> None:
+        some: list[Sample] = []
+        size = 0
+        while first + len(some) < count and (not some or size + size // len(some) <= tower.call_patches):
+            some.append(prompt(first + len(some)))
+            size += len(some[-1].pixel_values) + len(some[-1].input_ids)
+        batch = tower.attach(collate(some, 1, encoder.dummy(0)))
+        assert batch.image_features is not None
+        parts = batch.image_features.split([len(one.image_positions) for one in some])
+        for place, (one, features) in enumerate(zip(some, parts, strict=True), first):
+            seen[place] = one._replace(image_features=features, pixel_values=one.pixel_values[:0])
+
+    def read(first: int, end: int) -> Batch:
+        for place in range(first, end):
+            if place not in seen:
+                see(place)
+        return pack(model, tower, encoder, [seen.pop(place) for place in range(first, end)])
+
+    return read
+
+
 def prompts_of(model: MirageModel, tower: FrozenTower, encoder: Encoder, samples: Sequence[Sample]) -> Prompts:
     """Make encoded prompts ready for the decoder; the tower runs as they enter."""
-    return Prompts(
-        [len(sample.input_ids) for sample in samples],
-        [sample.row for sample in samples],
-        lambda first, end: pack(model, tower, encoder, samples[first:end]),
-    )
+    lengths, rows = [len(sample.input_ids) for sample in samples], [sample.row for sample in samples]
+    return Prompts(lengths, rows, reader(model, tower, encoder, len(samples), samples.__getitem__))
 
 
 def without_helpers(sample: Sample) -> Sample:
@@ -359,10 +393,10 @@ def answer_records(
     # The longest first: short ones fill up the end, and the cache grows once.
     order = sorted(range(len(records)), key=lambda i: -lengths[i])
 
-    def read(first: int, end: int) -> Batch:
-        # Here and not before: the pixels of a whole file do not fit into memory.
-        return pack(model, tower, encoder, [encoder.encode_prompt(records[i], places[i]) for i in order[first:end]])
+    def prompt(place: int) -> Sample:
+        return encoder.encode_prompt(records[order[place]], places[order[place]])
 
+    read = reader(model, tower, encoder, len(order), prompt)
     prompts = Prompts([lengths[i] for i in order], [places[i] for i in order], read, samples)
     tokens, fed = tokens_and_feed(model, encoder, decoder.latents, decoder.trained.get("slots"))
     choose = chooser_of(decoding, seed, prompts.rows, samples)
