@@ -141,10 +141,10 @@ def load_decoder(
     dtype = decoding_dtype(stored, device)
     loaded = load_model(place, stage="sft", dtype=dtype, device=device, checkpointing=False)
     loaded.model.eval()
-    assert loaded.tower is not None
-    # On a CPU too: what is read here is not kept.
-    loaded.tower.call_patches = CALL_PATCHES
-    return Decoder(place, loaded, encoder, latents)
+    decoder = Decoder(place, loaded, encoder, latents)
+    # On a CPU too: features are not kept here.
+    decoder.tower.call_patches = CALL_PATCHES
+    return decoder
 
 
 def save_decoder(decoder: Decoder, target: Path, trained: dict[str, Any]) -> None:
@@ -247,8 +247,7 @@ def reader(
     seen: dict[int, Sample] = {}
 
     def see(first: int) -> None:
-        some: list[Sample] = []
-        size = 0
+        some, size = list[Sample](), 0
         while first + len(some) < count and (not some or size + size // len(some) <= tower.call_patches):
             some.append(prompt(first + len(some)))
             size += len(some[-1].pixel_values) + len(some[-1].input_ids)

@@ -31,6 +31,7 @@ from mirage_ds.model.generate import generate, neighbours
 from mirage_ds.model.load import Loaded, load_model
 from mirage_ds.model.rows import Generated
 from mirage_ds.model.slots import LatentTokens, Limits, Slot, latent_tokens
+from mirage_ds.model.vision import CALL_PATCHES
 
 # With and without image, of different lengths.
 ROWS = (0, 1, 2, 3, 6, 11)
@@ -209,6 +210,21 @@ def test_prompts_that_run_a_few_at_a_time_go_on_to_the_same_tokens(world: World,
     # The steps behind the prompts run a token a row.
     assert calls == [*parts, *[len(lengths)] * 9]
     assert 1 < len(parts) <= len(lengths)
+
+
+@pytest.mark.parametrize(("most", "calls"), [(0, 3), (300, 2), (CALL_PATCHES, 1)])
+def test_the_tower_sees_images_of_later_prompts_in_one_call(
+    world: World, monkeypatch: pytest.MonkeyPatch, most: int, calls: int
+) -> None:
+    wanted, tower, seen = quickly(world, world.samples, Limits(6)), world.loaded.tower, []
+    assert tower is not None
+    real = tower._call
+    monkeypatch.setattr(tower, "call_patches", most)
+    monkeypatch.setattr(tower, "_call", lambda pixels, grids: seen.append(grids) or real(pixels, grids))
+    for got, one in zip(quickly(world, world.samples, Limits(6, rows=1)), wanted, strict=True):
+        assert_same(got, one)
+    assert torch.equal(torch.cat(seen), torch.cat([sample.image_grid_thw for sample in world.samples]))
+    assert len(seen) == calls
 
 
 @pytest.mark.parametrize(
