@@ -52,7 +52,7 @@ class StageResult:
     samples_s: float
     peak_gb: float | None
     curve: Sequence[Mapping[str, float]] = ()
-    rollouts: Sequence[Mapping[str, Any]] = ()
+    rollouts: Sequence[Mapping[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from mirage_ds.engine import setup
 from mirage_ds.engine.save import change_rows
 from mirage_ds.engine.setup import World
 from mirage_ds.errors import UserError
-from mirage_ds.evaluate import decoder as evaluate
+from mirage_ds.evaluate import prompts
 from mirage_ds.evaluate.decoder import (
     Decoder,
     answer_records,
@@ -407,7 +407,7 @@ def test_a_record_s_draws_follow_its_place_in_the_file(decoder: Decoder) -> None
 def test_a_broken_image_is_said_before_anything_is_decoded(
     decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "pack", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(prompts, "pack", lambda *_: pytest.fail("decoded"))
     (tmp_path / "bad.png").write_bytes(b"none")
     bad = replace(scan(SAMPLE)[0][0], line=9, image_input=(str(tmp_path / "bad.png"),))
     with pytest.raises(UserError, match=r"^record on line 9, image_input: image .*bad.png cannot be decoded"):
@@ -417,7 +417,7 @@ def test_a_broken_image_is_said_before_anything_is_decoded(
 def test_a_rank_decodes_nothing_where_another_has_no_room_for_a_record(
     decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "pack", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(prompts, "pack", lambda *_: pytest.fail("decoded"))
     said = "record 2: keys and values"
     monkeypatch.setattr(setup, "everyone", lambda own, world: [*own, said])
     spec, two = (
@@ -432,7 +432,7 @@ def test_a_gpu_that_is_too_small_is_one_sentence(decoder: Decoder, monkeypatch: 
     def full(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(evaluate, "pack", full)
+    monkeypatch.setattr(prompts, "pack", full)
     with pytest.raises(
         UserError, match=r"^--batch_size 2: so many rows at a time do not fit into the GPU's memory; lower it"
     ):
