@@ -42,7 +42,7 @@ class LengthSpec(FolderSpec):
     """How long a model's answers are."""
 
     run_length: str = Field(
-        "trained", description="Latents a block: trained (as in training), model (its choice, up to 8), or a number."
+        "trained", description="Latents per block: trained (as in training), model (chosen, up to 8) or a number."
     )
     max_new_tokens: PositiveInt = Field(1024, description="Tokens of an answer, latents included, at most.")
 

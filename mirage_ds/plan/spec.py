@@ -30,7 +30,7 @@ class PlanSpec(BaseModel):
     deepspeed: Path | None = Field(None, description="Plan this JSON alone. [default: all that ship]")
     micro_batch_tokens: PositiveInt = Field(8192, description="Tokens packed into one micro-batch of one rank.")
     micro_steps: PositiveInt = Field(1, description="Micro-steps of an optimizer step.")
-    row_tokens: PositiveInt = Field(500, description="Tokens of a row, its images included.")
+    row_tokens: PositiveInt = Field(500, description="Tokens of a row with images and answer (rl too).")
     labelled: float = Field(0.2, gt=0, le=1, description="Row's share from its first latent on (sft: its labels).")
     images: NonNegativeInt = Field(1, description="Input images of a row.")
     image_tokens: PositiveInt = Field(256, description="Merged features of an image; 256 are 448 x 448 pixels.")

@@ -26,7 +26,7 @@ class ServeSpec(LengthSpec):
         "own", description="What is fed at the slots (`mirage-ds docs controls`); not oracle and path."
     )
     latent_bank: Path | None = Field(
-        None, description="Folder of latents: own writes it (or `mirage-ds controls`); matched, swap, random read it."
+        None, description="Folder that --latents own (or `controls`) writes; swap and matched read it, random may."
     )
     seed: int = Field(42, ge=0, lt=2**31, description="Of random and matched latents and of swaps.")
     return_latents: bool = Field(False, description="Send what was fed at the slots beside each answer.")

@@ -28,7 +28,7 @@ class DoctorSpec(BaseModel):
     cache_dir: Path | None = Field(None, description="The run's cache of hub downloads.")
     deepspeed: Path | None = Field(None, description="The run's DeepSpeed JSON.")
     keep_checkpoints: PositiveInt = Field(2, description="Sharded checkpoints that stay on the disk.")
-    master_port: int = Field(29500, ge=1, lt=65535, description="Port of rank 0, as given to the launcher.")
+    master_port: int = Field(29500, ge=1, lt=65535, description="Port of rank 0: the launcher's, or MIRAGE_PORT.")
     master_addr: str | None = Field(None, description="Address of rank 0. [default: what DeepSpeed would take]")
     bandwidth: bool = Field(True, description="Start a rank on every slot and measure between them.")
     timeout_s: PositiveFloat = Field(12, description="Seconds a host has to answer; bandwidth has its own limit.")
