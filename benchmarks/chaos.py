@@ -21,6 +21,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -59,17 +60,13 @@ class Kill(NamedTuple):
 
 
 class Job(NamedTuple):
-    """What is trained, by how many ranks, for how many optimizer steps, below which folder."""
+    """What is trained, by how many ranks, for how many steps, below which folder; where temporary files go."""
 
     out: Path
     stage: str
     ranks: int
     steps: int
-
-    @property
-    def scratch(self) -> Path:
-        """Where its runs have their temporary files."""
-        return self.out / "tmp"
+    scratch: Path
 
 
 def varied(answers: Sequence[str], records: Sequence[Any], blocks: Sequence[Sequence[int]]) -> list[float]:
@@ -104,7 +101,6 @@ def make_inputs(job: Job) -> None:
     ):
         words = [str(word) for word in command]
         subprocess.run(words, env=environment(), check=True, stdout=subprocess.DEVNULL)
-    job.scratch.mkdir()
     if job.stage == "rl":
         config = out / "nano/config.json"
         trained = {"mirage": {"stage": "stage2", "latent_size": LATENTS}}
@@ -182,8 +178,8 @@ def kill(process: subprocess.Popen[bytes], job: Job) -> None:
     _, left = psutil.wait_procs(below, timeout=LEFT_S)
     for one in left:
         one.kill()
-    # torch's own compiled code is a cache.
-    files = [file.name for file in job.scratch.iterdir() if not file.name.startswith("torchinductor_")]
+    # torch's own compiled code is a cache; data workers' sockets nobody can remove who is killed.
+    files = [file.name for file in job.scratch.iterdir() if not file.name.startswith(("torchinductor_", "pymp-"))]
     if left or files:
         raise SystemExit(f"left by a killed run: processes {[one.pid for one in left]}, files {files}")
 
@@ -290,7 +286,9 @@ def main(stage: str, ranks: int, kills: int, each: int, steps: int, out: Path, s
         console.print(f"{out} exists already: remove it, or choose another --out")
         sys.exit(2)
     out.mkdir(parents=True)
-    begun, phases, job = time.perf_counter(), PHASES[stage], Job(out, stage, ranks, steps)
+    # Not below `out`: sockets have short names.
+    scratch = tempfile.TemporaryDirectory(prefix="chaos-")
+    begun, phases, job = time.perf_counter(), PHASES[stage], Job(out, stage, ranks, steps, Path(scratch.name))
     make_inputs(job)
     reference, run = out / "undisturbed", out / "disturbed"
     if start(job, reference, out / "undisturbed.log").wait():
