@@ -37,7 +37,7 @@ def test_gpus_that_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     smi(tmp_path, monkeypatch, "echo 'GPU 0: A'; echo 'GPU 1: A'")
     assert visible_gpus({}) == ["0", "1"]
     smi(tmp_path, monkeypatch, "echo 'Failed to initialize NVML'; exit 18")
-    with pytest.raises(UserError, match="says: Failed to initialize NVML; mend"):
+    with pytest.raises(UserError, match="says: Failed to initialize NVML; fix"):
         visible_gpus({})
     (tmp_path / "nvidia-smi").unlink()
     assert visible_gpus({}) == []
