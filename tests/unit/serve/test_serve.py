@@ -137,7 +137,13 @@ def served(decoder: Decoder, mixed: Path, tmp_path_factory: pytest.TempPathFacto
 def slowed(engine: Engine) -> Iterator[list[int]]:
     """Let each token take 50 ms; yields how many rows got one, each time."""
     choose, chosen = engine._choose, list[int]()
-    engine._choose = lambda *given: (time.sleep(0.05), chosen.append(len(given[0])), choose(*given))[2]  # type: ignore[method-assign]
+
+    def slowly(logits: torch.Tensor, turns: Any) -> torch.Tensor:
+        time.sleep(0.05)
+        chosen.append(len(logits))
+        return choose(logits, turns)
+
+    engine._choose = slowly  # type: ignore[method-assign]
     try:
         yield chosen
     finally:
