@@ -67,7 +67,7 @@ def check_accelerator(device_name: str, gpu_node: Path = GPU_NODE) -> None:
         raise UserError(
             f"this machine has an NVIDIA GPU that torch {torch.__version__} cannot use: PyPI's torch wheel is built "
             "for CUDA 13 and needs driver 580.65 or newer, PyTorch's cu126 wheel driver 560.28 or newer, a +cpu wheel "
-            "never works; install the one that fits `nvidia-smi`, or set DS_ACCELERATOR=cpu to train on the CPU"
+            "never works; install the one that fits `nvidia-smi` (older drivers: update), or set DS_ACCELERATOR=cpu"
         )
 
 

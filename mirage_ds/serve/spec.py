@@ -22,8 +22,8 @@ class ServeSpec(LengthSpec):
     files: DirectoryPath | None = Field(
         None, description="Folder below which file: URLs are read; without it, none are."
     )
-    latents: Literal["own", "first", "zero", "random", "matched", "swap", "oracle", "off", "text", "path"] = Field(
-        "own", description="What is fed at the slots (`mirage-ds docs controls`); not oracle and path."
+    latents: Literal["own", "first", "zero", "random", "matched", "swap", "off", "text"] = Field(
+        "own", description="What is fed at the slots, by the names of `mirage-ds docs controls`."
     )
     latent_bank: Path | None = Field(
         None, description="Folder that --latents own (or `controls`) writes; swap and matched read it, random may."
@@ -45,10 +45,6 @@ class ServeSpec(LengthSpec):
     @model_validator(mode="after")
     def _can_be(self) -> Self:
         name = f"--latents {self.latents}"
-        if self.latents in ("oracle", "path"):
-            raise ValueError(
-                f"{name} feeds features of helper images, and no request has any; use `mirage-ds controls`"
-            )
         if self.latents in ("matched", "swap") and not self.latent_bank:
             raise ValueError(f"{name} is made of other questions' latents; give --latent_bank, a folder that has them")
         if self.latents in ("first", "zero", "off", "text") and self.latent_bank:

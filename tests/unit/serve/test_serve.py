@@ -652,7 +652,7 @@ def test_a_signal_ends_it_once_answers_have_ended(
         (("--port", "70000"), "--port is 70000"),
         (("--host", "256.0.0.1"), "--host 256.0.0.1 --port 8000"),
         (("--latents", "swap"), "--latents swap is made of other questions' latents; give --latent_bank"),
-        (("--latents", "oracle"), "--latents oracle feeds features of helper images, and no request has any"),
+        (("--latents", "oracle"), "'oracle' is not one of 'own', 'first', 'zero', 'random'"),
         (("--latents", "off", "--latent_bank", "x"), "--latents off takes nothing from --latent_bank"),
         (("--latents", "matched", "--latent_bank", "nowhere"), "--latent_bank nowhere: holds no latents"),
         (("--latent_bank", "x", "--run_length", "model"), "--run_length: conditions are compared at the same number"),
