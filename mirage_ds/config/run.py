@@ -20,7 +20,7 @@ from mirage_ds.errors import UserError, is_text, reason, shown
 Stage = Literal["sft", "stage1", "stage2", "rl"]
 FeatureCache = Literal["all", "targets", "off"]
 Compress = Literal["average", "grid", "random", "first"]
-# They act in data/encode.py, in decoding in model/generate.py.
+# They act in data/encode.py, in decoding in model/slots.py.
 Slots = Literal["latents", "pause", "marks", "auxiliary"]
 LatentLoss = Literal["cosine", "l2"]
 

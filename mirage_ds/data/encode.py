@@ -7,7 +7,7 @@ by `<|latent_start|>` + k × `<|latent_pad|>` + `<|latent_end|>`. Every token af
 but `<|latent_pad|>` (arXiv 2506.17218, section 3).
 
 `--slots pause`: k pads are placed, and no latent block is noted (`Encoder.fill`): they are ordinary embeddings without
-labels. Decoding feeds the same embedding (model/generate.py, pause).
+labels. Decoding feeds the same embedding (model/slots.py, pause).
 
 What a user's text spells out, `<|im_end|>` say, stays text: only the template and the encoder place special tokens.
 """

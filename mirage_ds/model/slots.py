@@ -1,5 +1,7 @@
 """Latent blocks in decoding: how long they may become, the tokens around them, what is fed at their slots.
 
+Training places them in data/encode.py, whatever `--slots` says.
+
 m rows that come to a slot, H hidden.
 """
 
