@@ -221,7 +221,14 @@ def network(moved: Traffic, machine: Machine, nodes: int, achieved: float = 1.0,
     return Network(transfer / achieved, latency)
 
 
-def flops(model: Sizes, tokens: float, labelled: float = 0, keys: float = 0, checkpointing: bool = True) -> float:
+def flops(
+    model: Sizes,
+    tokens: float,
+    labelled: float = 0,
+    keys: float = 0,
+    checkpointing: bool = True,
+    frozen: bool = False,
+) -> float:
     """Floating-point operations of one micro-step's forward and backward.
 
     2 a weight and token forward, twice that backward (arXiv 2001.08361, section 2.1), the forward once more where
@@ -232,9 +239,11 @@ def flops(model: Sizes, tokens: float, labelled: float = 0, keys: float = 0, che
         tokens: T.
         labelled: tokens among them that go through the output matrix.
         keys: mean keys that a token attends to; half a row's length.
+        frozen: no gradient of a weight is made (scaffold).
     """
-    per_token = model.layers * (model.layer + 2 * model.width * keys)
-    return (4 if checkpointing else 3) * 2 * (per_token * tokens + (model.head or model.embedding) * labelled)
+    weights = model.layers * model.layer * tokens + (model.head or model.embedding) * labelled
+    attention = 2 * model.layers * model.width * keys * tokens
+    return 2 * ((4 if checkpointing else 3) * (weights + attention) - frozen * weights)
 
 
 def thin_bytes(model: Sizes, walked: Walk, width: int = BF16, recomputed: bool = False) -> float:

@@ -18,6 +18,7 @@ from mirage_ds.config.mixture import Mixture, Records
 from mirage_ds.config.rl import rl_noted
 from mirage_ds.config.run import RunConfig
 from mirage_ds.data.folders import unread_lines
+from mirage_ds.data.batch import Batch
 from mirage_ds.data.loader import Loader
 from mirage_ds.data.record import Fault
 from mirage_ds.data.record_files import told
@@ -30,13 +31,14 @@ from mirage_ds.engine.frozen import check_same, notes_of_engine, notes_of_tower
 from mirage_ds.engine.manifest import entry_of
 from mirage_ds.engine.private import set_collective_timeout
 from mirage_ds.engine.save import Parts, save_model, trained_of
-from mirage_ds.engine.setup import World, from_rank_zero, make_engine, make_reference
+from mirage_ds.engine.setup import World, from_rank_zero, make_engine, make_reference, shared_fate
 from mirage_ds.engine.spelling import Base, read_base
 from mirage_ds.engine.universal import use_universal
 from mirage_ds.files import TRAINED_KEY, write_atomically
 from mirage_ds.model.folder import weight_files
 from mirage_ds.model.layers import DecoderLayers
-from mirage_ds.model.load import Loaded, load_model, load_tower, read_config
+from mirage_ds.model.load import Loaded, Scaffold, load_model, load_tower, read_config
+from mirage_ds.model.targets import Targets, describe_encoder, load_targets, whole_tensors, write_encoder
 from mirage_ds.model.vision import FrozenTower
 from mirage_ds.plan.mfu import ModelFlops, peak_flops
 from mirage_ds.rl.rewards import Rewards
@@ -64,7 +66,7 @@ SKIPPED_FILE = "skipped.jsonl"
 # Steps between two lines on the console, as TRL's default has it, and of a run that shows each of its steps.
 LOG_EVERY, SHORT_RUN = 10, 100
 # Settings that load_model takes by the same names.
-FORWARD = {"stage", "attention", "train_vision", "reduction", "latent_loss", "detach_latents", "train_targets"}
+FORWARD = {"stage", "attention", "train_vision", "reduction", "latent_loss", "detach_latents", "train_targets", "feed"}
 
 # Settings in a checkpoint's state (state_of): under their own names, and two lists that are compared as a whole.
 NOTED = {"stage", "latent_size", "seed", "train_vision", "reduction"}
@@ -83,6 +85,7 @@ class Data:
         evaluation: the evaluation records, if any.
         skipped: (file, fault) of each record that is left out.
         tower: the frozen tower, or None where it is trained.
+        targets: learned ones of stage1.
         rewards: in rl, on rank 0, what scores answers; its processes run.
     """
 
@@ -92,6 +95,7 @@ class Data:
     evaluation: Evaluation | None
     skipped: list[tuple[Records, Fault]]
     tower: FrozenTower | None
+    targets: Targets | None = None
     rewards: Rewards | None = None
 
 
@@ -100,7 +104,7 @@ class Learner(NamedTuple):
 
     Attributes:
         engine: the DeepSpeed engine around the MirageModel.
-        tower: the frozen tower, or None where it is trained.
+        tower: the frozen tower, or None where it is trained; targets: learned ones of stage1.
         checkpoint: the one that the engine continues from, if any; resumed: the state saved with it.
         state: what a checkpoint of this run says of itself (state_of), and the notes of what stays as it was.
         parts: what the model folder holds besides weights.
@@ -118,11 +122,18 @@ class Learner(NamedTuple):
     flops: ModelFlops
     peak: float | None
     reference: Any = None
+    targets: Targets | None = None
 
     @property
     def start(self) -> int:
         """Optimizer steps that were taken before."""
         return int(self.resumed.get("step", 0))
+
+    def attach(self, batch: Batch) -> Batch:
+        """Give a batch the features, or learned targets, of those images that came as pixels and are not trained on."""
+        if self.targets is not None:
+            batch = self.targets.attach(batch)
+        return batch if self.tower is None else self.tower.attach(batch, not self.engine.module.encodes_helpers)
 
     def save(self, world: World, folder: Path, step: int, scores: Mapping[str, float]) -> None:
         """Write the model into a folder. All ranks call it; rank 0 raises, once all have done their part.
@@ -135,6 +146,11 @@ class Learner(NamedTuple):
         """
         # After an evaluation some may be on their way, prefetched for a backward; they could not be gathered anew.
         self.engine.empty_partition_cache()
+        if (encoder := self.engine.module.target_encoder) is not None:
+            tensors = whole_tensors(encoder, keep=world.rank == 0)
+            if world.rank == 0:
+                write_encoder(tensors, folder, {**self.state["scaffold"], "step": step, "scores": dict(scores)})
+            return
         tower = self.tower.tower if self.tower else None
         parts = self.parts._replace(card=model_card({**self.state, "step": step}, scores))
         save_model(self.engine.module, tower, folder, world.rank, parts)
@@ -152,18 +168,23 @@ def open_data(run: Run, checked: Checked) -> Data:
         from_rank_zero(partial(check_scores, config, config.eval_data_path, indices[-1]), world)
     rewards = open_rewards(run, indices[0]) if config.stage == "rl" else None
     journal.phase("vision tower")
-    folder, tower = checked.folders[0], None
-    if not config.train_vision:
+    folder, tower, targets = checked.folders[0], None, None
+    if not config.trains_tower:
         tower = load_tower(folder, read_config(folder), checked.dtype, world.device, config.attention)
+    if config.latent_targets and tower is not None:
+        with shared_fate(world):
+            targets = load_targets(config.latent_targets, read_config(folder), config.latent_size, tower)
     journal.phase("features")
     kept = [
-        keep(run, own, tower, file, index, index is not indices[0])
+        keep(run, own, tower, file, index, index is not indices[0], targets)
         for file, own, index in zip(files, encoders, indices, strict=True)
     ]
     indices = [index for index, _ in kept]
     if tower is not None and "image_input" in config.kept_fields:
         # No step calls it any more; it is kept for the model folder that is saved at the end.
         tower.to_cpu()
+        if targets is not None:
+            targets.tower.to_cpu()
     loader, *others = [make_loader(run, own, *one) for own, one in zip(encoders, kept, strict=True)]
     return Data(
         index=indices[0],
@@ -172,6 +193,7 @@ def open_data(run: Run, checked: Checked) -> Data:
         evaluation=make_evaluation(others[0], indices[1], config.latent_size) if others else None,
         skipped=[(file, fault) for file, index in zip(files, indices, strict=True) for fault in index.skipped],
         tower=tower,
+        targets=targets,
         rewards=rewards,
     )
 
@@ -217,7 +239,20 @@ def state_of(run: Run, checked: Checked, data: Data) -> dict[str, Any]:
         dtype=ds.compute_dtype(checked.ds_values),
         pixels=[config.min_pixels, config.max_pixels],
         **(rl_state(run, checked) if checked.policy else {}),
+        **targets_state(run, checked, data),
     )
+
+
+def targets_state(run: Run, checked: Checked, data: Data) -> dict[str, Any]:
+    """Say of learned targets what they are made for, or which are learnt from; nothing where there are none."""
+    config = run.config
+    if config.stage == "scaffold":
+        sources = [str(folder.resolve()) for folder in checked.folders]
+        tower = data.tower.tower if data.tower and not config.train_vision else None
+        made = partial(describe_encoder, read_config(checked.folders[0]), config.latent_size, tower, sources)
+        return {"scaffold": from_rank_zero(made, run.world)}
+    own = {"feed": "own"} if config.feed == "own" else {}
+    return own | ({"latent_targets": data.targets.digest} if data.targets else {})
 
 
 def rl_state(run: Run, checked: Checked) -> dict[str, Any]:
@@ -251,10 +286,11 @@ def open_model(run: Run, checked: Checked, data: Data) -> Loaded:
         lora=checked.lora,
         kernels=config.kernels,
         latent_heads=checked.policy == "gaussian",
+        scaffold=Scaffold(config.latent_size, config.seed) if config.stage == "scaffold" else None,
         **config.model_dump(include=FORWARD),
     )
     layers: DecoderLayers = loaded.model.layers
-    loaded.model.how.split = config.stage in ("stage2", "rl") and layers.defers_more_than_gradients(
+    loaded.model.how.split = config.recurrent and layers.defers_more_than_gradients(
         config.micro_batch_tokens
     )
     return loaded
@@ -288,9 +324,10 @@ def open_engine(
         resumed=resumed,
         state=state,
         parts=Parts(base, encoder.tokenizer, encoder.images, folder, trained_of(state)),
-        flops=ModelFlops(checked.shape, config.train_vision, config.train_targets),
+        flops=ModelFlops(checked.shape, config.trains_tower, config.trains_helpers, config.stage == "scaffold"),
         peak=peak_flops(config.peak_tflops, *_gpu(world.device, checked.ds_values)),
         reference=reference,
+        targets=data.targets,
     )
 
 
