@@ -313,7 +313,10 @@ def export_folder(source: Path, target: Path, vocab_rows: int | None, base: Path
     state = read_state(found)
     if vocab_rows is not None:
         raise UserError("--vocab_rows goes with a model folder: export the checkpoint first, then the folder")
-    told, dtype = f"{target}: step {state['step']} of {state['stage']}, {state['dtype']}", getattr(torch, state["dtype"])
+    told, dtype = (
+        f"{target}: step {state['step']} of {state['stage']}, {state['dtype']}",
+        getattr(torch, state["dtype"]),
+    )
     if state["stage"] == "scaffold":
         export_encoder(found, target, dtype)
         return told

@@ -218,9 +218,7 @@ class Scaffold(NamedTuple):
     seed: int
 
 
-def new_encoder(
-    whole: Any, config: Any, wanted: Scaffold, visual: Any, device: torch.device
-) -> TargetEncoder:
+def new_encoder(whole: Any, config: Any, wanted: Scaffold, visual: Any, device: torch.device) -> TargetEncoder:
     """Make the encoder of --stage scaffold, and freeze the model around it.
 
     Args:

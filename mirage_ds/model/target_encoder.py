@@ -20,6 +20,8 @@ PREFIX = "target_encoder."
 EPSILON = 1e-6
 # Of the places' code, as in arXiv 1706.03762, section 3.5.
 WAVELENGTHS = 10_000.0
+# Spread of the queries at the start. At 1 attention is nearly even, and all latents begin as one mean of the features.
+QUERIES = 4.0
 
 
 class EncoderSize(NamedTuple):
@@ -96,7 +98,7 @@ class TargetEncoder(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         for weight in (self.queries, self.key.weight, self.value.weight, self.out.weight):
             drawn = torch.randn(weight.shape, generator=generator)
-            weight.copy_(drawn if weight is self.queries else drawn / self.size.width**0.5)
+            weight.copy_(drawn * (QUERIES if weight is self.queries else self.size.width**-0.5))
         self.norm.weight.copy_(norm)
 
     def forward(self, features: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:

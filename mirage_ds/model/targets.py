@@ -41,7 +41,7 @@ class Targets(NamedTuple):
 
     @torch.no_grad()
     def of(self, features: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
-        """Return the latents (k, H) of one helper's features (F, W), grid (3,); alone, so that no bit has neighbours."""
+        """Return the latents (k, H) of one helper, features (F, W), grid (3,): alone, so no bit depends on others."""
         device = self.encoder.queries.device
         return self.encoder(features.to(device), grid[None])
 
@@ -133,7 +133,9 @@ def check_targets(folder: Path, config: Any, k: int) -> None:
     if given.k != k:
         raise UserError(f"{what}: makes {given.k} latents a helper, --latent_size is {k}; give --latent_size {given.k}")
     if note["model_type"] != config.model_type or given != size:
-        was, now = (f"{kind} of width {one.width}" for kind, one in ((note["model_type"], given), (config.model_type, size)))
+        was, now = (
+            f"{kind} of width {one.width}" for kind, one in ((note["model_type"], given), (config.model_type, size))
+        )
         raise UserError(f"{what}: made for a {was}, and this model is a {now}; give targets of this model")
     header = header_of(folder / TARGETS)
     with torch.device("meta"):

@@ -66,7 +66,8 @@ def check_outputs(config: RunConfig) -> None:
     Raises:
         UserError: names the flag.
     """
-    sources = [Path(one) for one in (config.model, config.load_model_path) if one is not None]
+    given = (config.model, config.load_model_path, config.latent_targets)
+    sources = [Path(one) for one in given if one is not None]
     run_folder.check(config.save_model_path, config.overwrite, config.resume == "auto", sources)
     if config.log_file:
         check_log(config.log_file, "--log_file")
@@ -88,7 +89,7 @@ def first_look(source: Path, columns: Columns, image_root: Path | None, stage: S
     """Find a source's files and read its first record and this one's images, as training does.
 
     Args:
-        stage: only stage1 and scaffold need a helper; None where it is not known: helpers that are named are looked for.
+        stage: stage1 and scaffold need a helper; None where it is not known: helpers that are named are looked for.
 
     Raises:
         UserError: in training's words.

@@ -86,7 +86,7 @@ class Images:
         return (patches * self.encoder.patch_width * self.dtype.itemsize).tolist()
 
     def kept_of(self, features: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
-        """Return what is kept of one image's features (F, W): these themselves, of stage1's helper the targets (k, H)."""
+        """Return what is kept of one image's features (F, W): these, of stage1's helper targets (k, H)."""
         if self.name == "image_input" or not self.encoder.pools:
             return features
         if self.targets is not None:

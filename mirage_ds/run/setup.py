@@ -17,8 +17,8 @@ from mirage_ds.config.columns import parse_columns
 from mirage_ds.config.mixture import Mixture, Records
 from mirage_ds.config.rl import rl_noted
 from mirage_ds.config.run import RunConfig
-from mirage_ds.data.folders import unread_lines
 from mirage_ds.data.batch import Batch
+from mirage_ds.data.folders import unread_lines
 from mirage_ds.data.loader import Loader
 from mirage_ds.data.record import Fault
 from mirage_ds.data.record_files import told
@@ -290,9 +290,7 @@ def open_model(run: Run, checked: Checked, data: Data) -> Loaded:
         **config.model_dump(include=FORWARD),
     )
     layers: DecoderLayers = loaded.model.layers
-    loaded.model.how.split = config.recurrent and layers.defers_more_than_gradients(
-        config.micro_batch_tokens
-    )
+    loaded.model.how.split = config.recurrent and layers.defers_more_than_gradients(config.micro_batch_tokens)
     return loaded
 
 

@@ -32,7 +32,7 @@ from mirage_ds.errors import UserError, closest, shown
 Settings = dict[str, Any]
 
 # Set by the study itself.
-RESERVED = ("save_model_path", "load_model_path", "resume", "overwrite", "log_file")
+RESERVED = ("save_model_path", "latent_targets", "load_model_path", "resume", "overwrite", "log_file")
 
 
 # A number, or settings with their `seed`, like {seed: 1, base.model: other}.
@@ -66,7 +66,10 @@ class _Strict(BaseModel):
 class Arm(_Strict):
     """One line of the report, or several where it varies something."""
 
-    chain: list[str] = Field(min_length=1, description="Stages, by name, each from the weights of the one before.")
+    chain: list[str] = Field(
+        min_length=1,
+        description="Stages, by name, each from the one before's weights; stage1 behind scaffold learns its targets.",
+    )
     about: str = Field("", description="What it is, in a line.")
     settings: Settings = Field({}, description="Settings of this arm.")
     grid: dict[str, list[Any]] = Field({}, description="Every combination of these values is an arm.")
