@@ -44,7 +44,7 @@ def _faults(
     faults: list[Fault] = []
     if stage in HELPED:
         with _noted(faults):
-            record.need_helper()
+            record.need_helper(stage)
     for name, path in record.images(helpers=stage in HELPED):
         with _noted(faults):
             finder.size(record, name, path)

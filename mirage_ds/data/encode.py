@@ -185,7 +185,7 @@ class Encoder:
         grids = [self._grid(self.images, *self.finder.size(record, "image_input", path)) for path in record.image_input]
         helper_grids: list[Grid] = []
         if self.stage in HELPED and not prompt:
-            record.need_helper()
+            record.need_helper(self.stage)
             for path in record.image_output:
                 grid = self._grid(self.helpers, *self.finder.size(record, "image_output", path))
                 try:

@@ -107,7 +107,7 @@ def first_look(source: Path, columns: Columns, image_root: Path | None, stage: S
         try:
             record = make_record(first.row, first.line, True, Path(pictures), columns)
             if stage in HELPED:
-                record.need_helper()
+                record.need_helper(stage)
             named = record.images(helpers=stage is None or stage in HELPED)
             for name, path in named:
                 finder.size(record, name, path)

@@ -184,7 +184,7 @@ def test_latents_begin_with_the_size_of_hidden_states_and_differ(sharp: Path, do
     assert not torch.equal(other, loaded.model.target_encoder.queries)
 
 
-# -------------------------------------------------------------------------------------------- learned targets in stage 1
+# ------------------------------------------------------------------------------------------ learned targets in stage 1
 
 
 def saved(folder: Path, out: Path, loaded: Loaded, train_vision: bool = False) -> Path:
