@@ -235,6 +235,17 @@ def new_encoder(whole: Any, config: Any, wanted: Scaffold, visual: Any, device: 
     return encoder
 
 
+def _adapted(whole: Any, lora: Lora, budget: int, device: torch.device) -> tuple[TokenRows, LossHead]:
+    """Freeze a whole model and put adapters on it; return what is trained of its embedding, and the head."""
+    whole.requires_grad_(False)
+    add_adapters(whole.model.language_model, lora)
+    matrix, embedding = whole.lm_head.weight, whole.model.language_model.embed_tokens.weight
+    rows = TokenRows(embedding, lora.tokens, device)
+    # Where embedding and head are one matrix, its rows are too.
+    own = rows if matrix is embedding else TokenRows(matrix, lora.tokens, device)
+    return rows, LossHead(matrix, budget, own.weight, own.ids)
+
+
 def load_model(
     folder: Path,
     *,
@@ -300,16 +311,7 @@ def load_model(
         visual.gradient_checkpointing_enable({"use_reentrant": False})
     matrix = whole.lm_head.weight
     budget = loss_chunk_bytes or chunk_budget(torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 0)
-    if lora is None:
-        rows, head = None, LossHead(matrix, budget)
-    else:
-        whole.requires_grad_(False)
-        add_adapters(whole.model.language_model, lora)
-        embedding = whole.model.language_model.embed_tokens.weight
-        rows = TokenRows(embedding, lora.tokens, device)
-        # Where embedding and head are one matrix, its rows are too.
-        own = rows if matrix is embedding else TokenRows(matrix, lora.tokens, device)
-        head = LossHead(matrix, budget, own.weight, own.ids)
+    rows, head = (None, LossHead(matrix, budget)) if lora is None else _adapted(whole, lora, budget, device)
     grounded = stage == "stage1"
     own = feed == "own"
     how = Forward(

@@ -15,30 +15,26 @@ import torch
 
 from mirage_ds.config.columns import parse_columns
 from mirage_ds.config.mixture import Mixture, Records
-from mirage_ds.config.rl import rl_noted
 from mirage_ds.config.run import RunConfig
 from mirage_ds.data.batch import Batch
 from mirage_ds.data.folders import unread_lines
 from mirage_ds.data.loader import Loader
 from mirage_ds.data.record import Fault
 from mirage_ds.data.record_files import told
-from mirage_ds.data.selection import WARN_DROPPED_SHARE, Selection, content, describe
+from mirage_ds.data.selection import WARN_DROPPED_SHARE, Selection, describe
 from mirage_ds.engine import ds_config as ds
-from mirage_ds.engine.adapter import note_of
 from mirage_ds.engine.card import model_card
 from mirage_ds.engine.checkpoint import Found, find_checkpoint, load_checkpoint
-from mirage_ds.engine.frozen import check_same, notes_of_engine, notes_of_tower
-from mirage_ds.engine.manifest import entry_of
+from mirage_ds.engine.frozen import check_same, notes_of_engine
 from mirage_ds.engine.private import set_collective_timeout
 from mirage_ds.engine.save import Parts, save_model, trained_of
 from mirage_ds.engine.setup import World, from_rank_zero, make_engine, make_reference, shared_fate
 from mirage_ds.engine.spelling import Base, read_base
 from mirage_ds.engine.universal import use_universal
 from mirage_ds.files import TRAINED_KEY, write_atomically
-from mirage_ds.model.folder import weight_files
 from mirage_ds.model.layers import DecoderLayers
 from mirage_ds.model.load import Loaded, Scaffold, load_model, load_tower, read_config
-from mirage_ds.model.targets import Targets, describe_encoder, load_targets, whole_tensors, write_encoder
+from mirage_ds.model.targets import Targets, load_targets, whole_tensors, write_encoder
 from mirage_ds.model.vision import FrozenTower
 from mirage_ds.plan.mfu import ModelFlops, peak_flops
 from mirage_ds.rl.rewards import Rewards
@@ -56,10 +52,10 @@ from mirage_ds.run.records import (
     run_steps,
     skipped_lines,
     sources_of,
-    usable_rows,
 )
 from mirage_ds.run.settings import Checked, Run
 from mirage_ds.run.sinks import open_sinks
+from mirage_ds.run.state import state_of
 
 # In the run folder, the records that --skip_bad_records leaves out.
 SKIPPED_FILE = "skipped.jsonl"
@@ -67,11 +63,6 @@ SKIPPED_FILE = "skipped.jsonl"
 LOG_EVERY, SHORT_RUN = 10, 100
 # Settings that load_model takes by the same names.
 FORWARD = {"stage", "attention", "train_vision", "reduction", "latent_loss", "detach_latents", "train_targets", "feed"}
-
-# Settings in a checkpoint's state (state_of): under their own names, and two lists that are compared as a whole.
-NOTED = {"stage", "latent_size", "seed", "train_vision", "reduction"}
-LATENTS = ("slots", "compress_strategy", "latent_loss", "detach_latents", "train_targets")
-OPTIMIZER = ("learning_rate", "lr_scheduler", "warmup_steps", "adam_beta1", "adam_beta2", "adam_eps", "weight_decay")
 
 
 @dataclass(frozen=True)
@@ -217,54 +208,6 @@ def claim_folder(run: Run, checked: Checked, data: Data) -> tuple[dict[str, Any]
     run.journal.claimed(run.folder, writes=world.rank == 0)
     run.journal.tell(LOAD_BEGINS)
     return state, checkpoint
-
-
-def state_of(run: Run, checked: Checked, data: Data) -> dict[str, Any]:
-    """Say what a checkpoint of this run says of it: checkpoint.MUST_AGREE, and what training never changes."""
-    config = run.config
-    return dict(
-        **config.model_dump(include=NOTED),
-        world_size=run.world.size,
-        latents=[getattr(config, name) for name in LATENTS],
-        data=content(data.index.rows.source, config.records, parse_columns(config.columns)),
-        rows=usable_rows(data.index),
-        rows_per_step=config.rows_per_step,
-        lora=note_of(checked.lora),
-        ce_weight=config.gamma,
-        optimizer=[getattr(config, name) for name in OPTIMIZER],
-        zero_stage=ds.zero_stage(checked.ds_values),
-        tower=notes_of_tower(data.tower.tower if data.tower else None, run.world),
-        # For `mirage-ds export`: where the rest of a model folder comes from.
-        sources=[str(folder.resolve()) for folder in checked.folders],
-        dtype=ds.compute_dtype(checked.ds_values),
-        pixels=[config.min_pixels, config.max_pixels],
-        **(rl_state(run, checked) if checked.policy else {}),
-        **targets_state(run, checked, data),
-    )
-
-
-def targets_state(run: Run, checked: Checked, data: Data) -> dict[str, Any]:
-    """Say of learned targets what they are made for, or which are learnt from; nothing where there are none."""
-    config = run.config
-    if config.stage == "scaffold":
-        sources = [str(folder.resolve()) for folder in checked.folders]
-        tower = data.tower.tower if data.tower and not config.train_vision else None
-        made = partial(describe_encoder, read_config(checked.folders[0]), config.latent_size, tower, sources)
-        return {"scaffold": from_rank_zero(made, run.world)}
-    own = {"feed": "own"} if config.feed == "own" else {}
-    return own | ({"latent_targets": data.targets.digest} if data.targets else {})
-
-
-def rl_state(run: Run, checked: Checked) -> dict[str, Any]:
-    """Say what decides a run of rl besides: settings, what scores, and with a KL the start that it leads back to."""
-    config, start = run.config, checked.folders[0]
-    noted: dict[str, Any] = dict(latent_policy=checked.policy, rl=rl_noted(config), task=config.task)
-    if config.beta:
-        # By content: a folder may be moved, or be written over.
-        noted["reference"] = from_rank_zero(
-            lambda: [entry_of(start, file).sha256 for file in weight_files(start)], run.world
-        )
-    return noted
 
 
 # ------------------------------------------------------------------------------------------- the model and the engine
