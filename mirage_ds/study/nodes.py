@@ -63,10 +63,10 @@ class Node:
     """One thing to run.
 
     Attributes:
-        name: of the stage or evaluation; parent: the node whose model it needs.
-        targets: the scaffold node whose learned targets it needs.
-        config: of the training stage, or of the one whose model is evaluated; its save_model_path and load_model_path
-            are the node's business (store.Store).
+        name: of the stage or evaluation; parent: the node whose model it needs;
+            targets: the scaffold node whose learned targets it needs.
+        config: of the training stage, or of the one whose model is evaluated; its save_model_path, load_model_path and
+            latent_targets are the node's business (store.Store).
         evaluation: of the others.
         material: what the key is a hash of, for people who want to know why two nodes differ.
     """
@@ -80,9 +80,9 @@ class Node:
     targets: Node | None = None
 
     @property
-    def needs(self) -> tuple[Node, ...]:
+    def needs(self) -> list[Node]:
         """The nodes that are done before it."""
-        return tuple(one for one in (self.parent, self.targets) if one is not None)
+        return list(filter(None, (self.parent, self.targets)))
 
     @cached_property
     def key(self) -> str:
@@ -239,10 +239,7 @@ def make_config(settings: Settings, where: str, here: Path) -> RunConfig:
         values["model"] = str(here / str(values["model"]))
     stage, slots = str(values.get("stage")), values.get("slots")
     idle = list(IDLE.get(stage, [])) + (list(RL_ONLY) if stage != "rl" else [])
-    if stage != "stage1":
-        idle.append("feed")
-    elif values.get("feed") != "own":
-        idle.append("detach_latents")
+    idle += ["feed"] if stage != "stage1" else [] if values.get("feed") == "own" else ["detach_latents"]
     if stage == "sft" and slots != "pause":
         idle.append("latent_size")
     if slots == "latents":
@@ -265,10 +262,9 @@ def _train_node(
         "settings": {
             key: value
             for key, value in sorted(whole.items())
-            # Adapters, columns and rl came later: where there are none, a run is the one it was.
+            # Adapters, columns, rl and feed came later: where there are none, a run is the one it was.
             if key not in MACHINE and (value or not key.startswith(("lora_", "columns")))
             if config.stage == "rl" or key not in RL_ONLY
-            # Likewise.
             if (key, value) != ("feed", "targets")
         },
         "rows_per_step": config.rows_per_step,
@@ -356,8 +352,9 @@ def _targets_of(model: Node) -> Node | None:
 def _chain(spec: StudySpec, name: str, arm: Arm, varied: Settings, seed: Settings, here: Path) -> list[Node]:
     """Make the training stages of an arm under a seed."""
     chain: list[Node] = []
-    # What leads a model, and learned targets that wait for a stage1.
-    model, targets = None, None
+    # The last that trains a model, and learned targets that wait for a stage1.
+    model: Node | None = None
+    targets: Node | None = None
     on_cpu = spec.launch.environment.get("DS_ACCELERATOR") == "cpu"
     for stage in arm.chain:
         where, parent = f"arm {name}, stage {stage}", model
@@ -366,17 +363,12 @@ def _chain(spec: StudySpec, name: str, arm: Arm, varied: Settings, seed: Setting
             # Targets are those of the stage before, unless this one says otherwise.
             settings = {field: getattr(parent.config, field) for field in TARGETS} | settings
         if targets is not None and settings.get("stage") == "stage1":
-            # Its place is the store's business.
             settings["latent_targets"] = "targets"
         config = make_config(settings, where, here)
-        if targets is not None and config.stage != "stage1":
-            raise UserError(f"{where}: no stage1 stands behind scaffold, so nothing learns its targets; put one there")
         node = _train_node(config, stage, parent, targets, here, on_cpu)
         # scaffold trains no model: what follows starts from what it started from.
         model, targets = (parent, node) if config.stage == "scaffold" else (node, None)
         chain.append(node)
-    if targets is not None:
-        raise UserError(f"arm {name}: ends with scaffold, which trains no model that answers; add a stage1")
     return chain
 
 

@@ -169,6 +169,12 @@ class StudySpec(_Strict):
             if arm.seeds is not None and arm.seeds > len(self.seeds):
                 raise ValueError(f"arm {name}: {arm.seeds} seeds, the study has {len(self.seeds)}")
         self._check_settings()
+        for name, arm in self.arms.items():
+            kinds = [self.stages.get(stage, {}).get("stage") for stage in arm.chain]
+            if any(one == "scaffold" and after != "stage1" for one, after in itertools.zip_longest(kinds, kinds[1:])):
+                raise ValueError(
+                    f"arm {name}: scaffold trains no model; put a stage1 behind it, which learns its targets"
+                )
         for one in self.seeds:
             if not isinstance(one.get("seed"), int):
                 raise ValueError(f"seeds: {one} needs `seed`, the number that pairs the arms")
