@@ -131,7 +131,8 @@ def check_targets(folder: Path, config: Any, k: int) -> None:
     given = EncoderSize(*(note[name] for name in EncoderSize._fields))
     what = f"--latent_targets {folder}"
     if given.k != k:
-        raise UserError(f"{what}: makes {given.k} latents a helper, --latent_size is {k}; give --latent_size {given.k}")
+        how = f"give targets that were learnt with {k}"
+        raise UserError(f"{what}: makes {given.k} latents a helper, and a block has {k} here; {how}")
     if note["model_type"] != config.model_type or given != size:
         was, now = (
             f"{kind} of width {one.width}" for kind, one in ((note["model_type"], given), (config.model_type, size))

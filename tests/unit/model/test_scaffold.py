@@ -283,7 +283,7 @@ def test_own_states_are_fed_and_pulled_to_the_targets(
 def test_targets_of_another_model_are_refused(sharp: Path, nano: Path, tmp_path: Path) -> None:  # noqa: F811
     loaded = load(sharp)
     folder = saved(sharp, tmp_path / "targets", loaded)
-    with pytest.raises(UserError, match=f"makes {K} latents a helper, --latent_size is 2; give --latent_size {K}"):
+    with pytest.raises(UserError, match=f"makes {K} latents a helper, and a block has 2 here; give targets"):
         load_targets(folder, loaded.config, 2, loaded.tower)
     other = load(nano)
     with pytest.raises(UserError, match=r"reads the vision tower of .*sharp, and this model's has other weights"):

@@ -167,5 +167,6 @@ def test_targets_of_another_size_are_refused_before_anything(
     runs: Runs, group: Group, learned: Path, tmp_path: Path
 ) -> None:
     said = runs.train(group, tmp_path / "out", stage="stage1", latent_targets=learned, latent_size=3)
-    assert said == (f"--latent_targets {learned}: makes 2 latents a helper, --latent_size is 3; give --latent_size 2")
+    what = f"--latent_targets {learned}: makes 2 latents a helper, and a block has 3 here"
+    assert said == f"{what}; give targets that were learnt with 3"
     assert not (tmp_path / "out").exists()
