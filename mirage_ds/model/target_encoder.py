@@ -44,7 +44,7 @@ def size_of(config: Any, k: int) -> EncoderSize:
     return EncoderSize(k, text.hidden_size, text.num_attention_heads, config.vision_config.spatial_merge_size)
 
 
-def places(sides: Sequence[tuple[int, int]], width: int) -> torch.Tensor:
+def places(sides: Sequence[tuple[int, int]], width: int, device: torch.device) -> torch.Tensor:
     """Code of each merged feature's row and column: sines and cosines, a quarter of the numbers each.
 
     The tower's own positions are relative, so a feature alone does not say where it stands.
@@ -57,7 +57,7 @@ def places(sides: Sequence[tuple[int, int]], width: int) -> torch.Tensor:
     """
     at = torch.cat([torch.cartesian_prod(torch.arange(rows), torch.arange(columns)) for rows, columns in sides])
     quarter = width // 4
-    angles = at[:, :, None] * WAVELENGTHS ** (-torch.arange(quarter) / quarter)
+    angles = at.to(device)[:, :, None] * WAVELENGTHS ** (-torch.arange(quarter, device=device) / quarter)
     return functional.pad(torch.cat([angles.sin(), angles.cos()], -1).flatten(1), (0, width - 4 * quarter))
 
 
@@ -112,11 +112,12 @@ class TargetEncoder(nn.Module):
         k, width, heads, merge = self.size
         sides = [*((rows // merge, columns // merge) for _, rows, columns in grids.tolist()), (1, 1)]
         own = functional.pad(features[:, :width].to(self.queries.dtype), (0, 0, 0, 1))
-        x = functional.rms_norm(own, (width,), eps=EPSILON) + places(sides, width).to(own)
+        x = functional.rms_norm(own, (width,), eps=EPSILON) + places(sides, width, own.device).to(own.dtype)
         ends = [torch.tensor([0, *each], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(own.device)
                 for each in ([k] * len(sides), [rows * columns for rows, columns in sides])]  # fmt: skip
         q = self.queries.repeat(len(sides), 1)
         q, keys, values = (one.unflatten(1, (heads, -1)) for one in (q, self.key(x), self.value(x)))
         made = varlen_attention(q, keys, values, Ends(*ends, k, max(r * c for r, c in sides), causal=False))
-        latents = self.norm(self.out(made.flatten(1)))
+        # Under torch_autocast products are in another dtype than the norm's weight.
+        latents = self.norm(self.out(made.flatten(1)).to(own.dtype))
         return latents[:-k] + 0 * latents[-k:].sum()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.families import OTHERS, write
 from test_forward import (  # noqa: F401  # sharp and doubled are fixtures
     CPU,
     Plain,
@@ -21,6 +22,7 @@ from test_forward import (  # noqa: F401  # sharp and doubled are fixtures
     doubled,
     gradients,
     sharp,
+    sharpen,
 )
 from torch.nn import functional
 
@@ -145,6 +147,20 @@ def test_the_encoder_gets_the_loss_and_the_gradients_of_a_slow_loop(
     assert all(name.startswith(NAME) for name in got)
     assert_same_gradients(got, slow.gradients())
     assert all(one.norm() > 0 for one in got.values())
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_families_get_them_too(doubled: Path, tmp_path: Path, name: str) -> None:  # noqa: F811
+    """Also one whose tower has features for deeper layers, which a latent does not get."""
+    folder = write(name, tmp_path / name)
+    sharpen(folder)
+    samples, loaded = samples_of(folder, doubled, (0, 1, 2)), load(folder)
+    slow = Slow(folder, doubled, loaded)
+    wanted = slow.loss(samples)
+    wanted.backward()
+    loss = backward(loaded, encoder_of(folder, doubled), samples)
+    assert abs(loss - wanted) <= 1e-5
+    assert_same_gradients(gradients(loaded.model), slow.gradients())
 
 
 def test_packed_rows_are_rows_alone(sharp: Path, doubled: Path) -> None:  # noqa: F811
