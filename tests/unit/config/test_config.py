@@ -248,8 +248,8 @@ def test_every_setting_stands_in_the_help_under_its_heading() -> None:
         assert tuple(line.split()[0].removeprefix("--") for line in part if re.match("  -", line)) == names
     text = " ".join(" ".join(lines).split())
     assert "k: latent tokens of a latent block. [default: 4]" in text
-    stages = "sft (text), scaffold (learned targets), stage1 (latents from helpers), stage2 (own latents), rl. [required]"
-    assert f"--stage [sft|scaffold|stage1|stage2|rl] {stages}" in text
+    stages = "sft (text), scaffold (learned targets), stage1 (latents from helpers), stage2 (own latents), rl."
+    assert f"--stage [sft|scaffold|stage1|stage2|rl] {stages} [required]" in text
     assert "the trained model. [required to train] --stage" in text
 
 
