@@ -113,11 +113,12 @@ class TargetEncoder(nn.Module):
         sides = [*((rows // merge, columns // merge) for _, rows, columns in grids.tolist()), (1, 1)]
         own = functional.pad(features[:, :width].to(self.queries.dtype), (0, 0, 0, 1))
         x = functional.rms_norm(own, (width,), eps=EPSILON) + places(sides, width, own.device).to(own.dtype)
-        ends = [torch.tensor([0, *each], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(own.device)
-                for each in ([k] * len(sides), [rows * columns for rows, columns in sides])]  # fmt: skip
+        lengths = [rows * columns for rows, columns in sides]
+        cu_q, cu_k = (functional.pad(torch.tensor(each).cumsum(0), (1, 0)).int().to(own.device)
+                      for each in ([k] * len(sides), lengths))  # fmt: skip
         q = self.queries.repeat(len(sides), 1)
         q, keys, values = (one.unflatten(1, (heads, -1)) for one in (q, self.key(x), self.value(x)))
-        made = varlen_attention(q, keys, values, Ends(*ends, k, max(r * c for r, c in sides), causal=False))
+        made = varlen_attention(q, keys, values, Ends(cu_q, cu_k, k, max(lengths), causal=False))
         # Under torch_autocast products are in another dtype than the norm's weight.
         latents = self.norm(self.out(made.flatten(1)).to(own.dtype))
         return latents[:-k] + 0 * latents[-k:].sum()
