@@ -296,6 +296,31 @@ def test_own_states_are_fed_and_pulled_to_the_targets(
         assert_same_gradients(gradients(loaded.model), slow.plain.gradients())
 
 
+def test_a_row_beside_deeper_ones_of_another_rank_is_the_row_alone(
+    sharp: Path,  # noqa: F811
+    doubled: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """The dummy that keeps a rank in step has latents and no helper: it adds nothing."""
+    folder = saved(sharp, tmp_path / "targets", load(sharp))
+    (one,) = stage1_samples(sharp, doubled, (1,))
+    dummy = encoder_of(sharp, doubled).dummy(2)
+    found = []
+    for rows, passes in (([one], K + 1), ([one], 2 * K + 1), ([], K + 1)):
+        loaded = Task(sharp, doubled, "stage1", K).load(latent_loss="cosine", feed="own")
+        targets = load_targets(folder, loaded.config, K, loaded.tower)
+        batch = loaded.tower.attach(targets.attach(collate(rows, passes, dummy)))
+        loss, _, _ = objective(loaded.model(batch), counts_of([one]), 0.5, "sample")
+        loss.backward()
+        found.append((loss.detach(), gradients(loaded.model)))
+    (alone, wanted), (beside, got), (idle, none) = found
+    assert abs(alone - beside) <= 1e-6
+    assert_same_gradients(got, wanted)
+    assert idle == 0
+    assert none.keys() == wanted.keys()
+    assert all(gradient.norm() == 0 for gradient in none.values())
+
+
 def test_targets_of_another_model_are_refused(sharp: Path, nano: Path, tmp_path: Path) -> None:  # noqa: F811
     loaded = load(sharp)
     folder = saved(sharp, tmp_path / "targets", loaded)
