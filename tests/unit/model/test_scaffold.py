@@ -304,12 +304,11 @@ def test_a_row_beside_deeper_ones_of_another_rank_is_the_row_alone(
     """The dummy that keeps a rank in step has latents and no helper: it adds nothing."""
     folder = saved(sharp, tmp_path / "targets", load(sharp))
     (one,) = stage1_samples(sharp, doubled, (1,))
-    dummy = encoder_of(sharp, doubled).dummy(2)
-    found = []
+    encoder, found = encoder_of(sharp, doubled), []
     for rows, passes in (([one], K + 1), ([one], 2 * K + 1), ([], K + 1)):
         loaded = Task(sharp, doubled, "stage1", K).load(latent_loss="cosine", feed="own")
         targets = load_targets(folder, loaded.config, K, loaded.tower)
-        batch = loaded.tower.attach(targets.attach(collate(rows, passes, dummy)))
+        batch = loaded.tower.attach(targets.attach(collate(rows, passes, encoder.dummy(passes // K))))
         loss, _, _ = objective(loaded.model(batch), counts_of([one]), 0.5, "sample")
         loss.backward()
         found.append((loss.detach(), gradients(loaded.model)))
