@@ -25,6 +25,8 @@ GENERATE = "custom_generate/generate.py"
 # Weights that make latents of hidden states (model/latent_heads.py), likewise. In a folder of its own: what lies beside
 # config.json is exactly what that describes, and vLLM opens every safetensors file there.
 HEADS = "latent_heads/heads.safetensors"
+# What --stage scaffold saves in place of a model (model/targets.py).
+TARGETS, TARGETS_NOTE = "latent_targets.safetensors", "latent_targets.json"
 # What the system says of a file that cannot be written or opened, whoever asks: the user's to fix.
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 UNWRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EIO, errno.ESTALE}
@@ -40,7 +42,7 @@ _MODEL_FILES = frozenset(
     special_tokens_map.json added_tokens.json chat_template.jinja chat_template.json preprocessor_config.json
     video_preprocessor_config.json processor_config.json adapter_config.json""".split()  # noqa: SIM905
 )
-_NOTES = ("best.json", "README.md", "adapter_model.safetensors")
+_NOTES = ("best.json", "README.md", "adapter_model.safetensors", TARGETS, TARGETS_NOTE)
 
 
 def shipped() -> Path:

@@ -17,6 +17,7 @@ from mirage_ds.model.generate import Prompts
 from mirage_ds.model.images import Deep, place_images
 from mirage_ds.model.latents import in_order, run_passes
 from mirage_ds.model.slots import LatentTokens, Limits, latent_tokens
+from mirage_ds.model.targets import Targets
 from mirage_ds.model.vision import FrozenTower
 
 
@@ -29,12 +30,14 @@ class Bench:
         tower: its frozen tower.
         encoder: of the model's tokenizer; its latent_size is the slots of a block.
         limits: of answers.
+        targets: learned ones, in place of pooled features of helpers.
     """
 
     model: MirageModel
     tower: FrozenTower
     encoder: Encoder
     limits: Limits = field(default_factory=Limits)
+    targets: Targets | None = None
 
     @property
     def device(self) -> torch.device:
@@ -48,7 +51,7 @@ class Bench:
 
     def batch(self, samples: Sequence[Sample], passes: int = 1) -> Batch:
         """Pack rows, with the features of their images."""
-        return pack(self.model, self.tower, self.encoder, samples, passes)
+        return pack(self.model, self.tower, self.encoder, samples, passes, self.targets)
 
     def prompts(self, samples: Sequence[Sample]) -> Prompts:
         """Make encoded prompts ready for the decoder."""

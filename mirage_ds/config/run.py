@@ -17,12 +17,15 @@ from mirage_ds.config.mixture import Records, records_of
 from mirage_ds.config.rl import RL_ONLY, RlSettings
 from mirage_ds.errors import UserError, is_text, reason, shown
 
-Stage = Literal["sft", "stage1", "stage2", "rl"]
+Stage = Literal["sft", "scaffold", "stage1", "stage2", "rl"]
+# Those that read helper images; each row needs one.
+HELPED = ("scaffold", "stage1")
 FeatureCache = Literal["all", "targets", "off"]
 Compress = Literal["average", "grid", "random", "first"]
 # They act in data/encode.py, in decoding in model/slots.py.
 Slots = Literal["latents", "pause", "marks", "auxiliary"]
 LatentLoss = Literal["cosine", "l2"]
+Feed = Literal["targets", "own"]
 
 # The public code trains at micro-batch 1; the paper's batch is 8 rows an optimizer step.
 PAPER_BATCH = 8
@@ -48,7 +51,9 @@ class _Settings(BaseModel):
     model: str | None = Field(None, description="Folder or hub id: Qwen2-VL, 2.5-VL, 3-VL. [this or --load_model_path]")
     load_model_path: Path | None = Field(None, description="Earlier run to start from; --model gives what it lacks.")
     save_model_path: Path = Field(description="Run folder: log, checkpoints and the trained model. [required to train]")
-    stage: Stage = Field(description="sft (text), stage1 (latents from helpers), stage2 (own latents), rl.")
+    stage: Stage = Field(
+        description="sft (text), scaffold (learned targets), stage1 (latents from helpers), stage2 (own latents), rl."
+    )
     task: str | None = Field(None, description="Scoring task, or module:function. [default: each record's, or boxed]")
     latent_size: PositiveInt = Field(4, description="k: latent tokens of a latent block.")
     slots: Slots | None = Field(
@@ -62,9 +67,11 @@ class _Settings(BaseModel):
         "paper's), of blocks of a grid, of groups drawn at random, or the first k features.",
     )
     latent_loss: LatentLoss = Field("cosine", description="Of stage 1's latents: 1 − cosine, or mean squared distance.")
-    detach_latents: bool = Field(False, description="stage2 without gradient through the states that are fed back.")
+    latent_targets: Path | None = Field(None, description="stage1's targets: of what --stage scaffold saved here.")
+    feed: Feed = Field("targets", description="stage1: what latents get as inputs; own: the model's states, as stage2.")
+    detach_latents: bool = Field(False, description="No gradient through the states that are fed back (stage2, own).")
     train_targets: bool = Field(False, description="stage1 with --train_vision: CE trains the tower via latents too.")
-    train_vision: bool = Field(False, description="Train the vision tower too (frozen otherwise).")
+    train_vision: bool = Field(False, description="Train the vision tower too; in scaffold a copy of it.")
     lora_rank: PositiveInt | None = Field(None, description="Train adapters of this rank alone: `mirage-ds docs lora`.")
     lora_alpha: PositiveInt | None = Field(None, description="Scale adapters by alpha / rank. [default: 2 × rank]")
     lora_dropout: float = Field(0, ge=0, lt=1, description="Must be 0: layers are recomputed exactly.")
@@ -193,10 +200,11 @@ class RunConfig(RlSettings, _Settings):
             raise ValueError(f"--eval_pictures {self.eval_pictures} go to TensorBoard: add --report_to tensorboard")
         if self.eval_pictures and self.stage == "sft":
             raise ValueError(f"--eval_pictures {self.eval_pictures}: --stage sft has no latents to draw; leave it out")
+        self._agree_on_targets()
         if self.save_best and self.save_best not in LOSSES and not self.eval_decode:
             there = f"of losses there are {', '.join(LOSSES)}; a metric of the scorer needs --eval_decode"
             raise ValueError(f"--save_best {self.save_best}: {there}")
-        if self.train_vision and (kept := self.feature_cache) in ("all", "targets"):
+        if self.trains_tower and (kept := self.feature_cache) in ("all", "targets"):
             raise ValueError(
                 f"--train_vision changes the features that --feature_cache {kept} would keep: leave out one"
             )
@@ -216,7 +224,7 @@ class RunConfig(RlSettings, _Settings):
             raise ValueError("--train_targets trains the tower of stage1: add --train_vision and --stage stage1")
         if self.profile_steps is not None and not self.profiled:
             raise ValueError(f"--profile_steps {self.profile_steps}: give FIRST:LAST, such as 20:22")
-        if self.detach_latents and self.stage != "stage2":
+        if self.detach_latents and not (self.stage == "stage2" or self.feed == "own"):
             raise ValueError(f"--detach_latents is for --stage stage2: no state is fed back in {self.stage}")
         self._agree_in_rl()
         if self.resume == "auto" and self.overwrite:
@@ -228,6 +236,28 @@ class RunConfig(RlSettings, _Settings):
             above = f"--max_length {self.max_length} is above --micro_batch_tokens {self.micro_batch_tokens}"
             raise ValueError(f"{above}: a row must fit into one micro-batch; lower the first or raise the second")
         return self
+
+    def _agree_on_targets(self) -> None:
+        folder, stage = self.latent_targets, self.stage
+        if stage == "scaffold":
+            for name in ("eval_decode", "eval_pictures"):
+                if given := getattr(self, name):
+                    raise ValueError(f"--{name} {given}: --stage scaffold trains no model that answers; leave it out")
+            if self.lora_rank:
+                raise ValueError("--lora_rank: --stage scaffold trains no weight of the model; leave it out")
+        if folder and stage != "stage1":
+            raise ValueError(f"--latent_targets {folder} is for --stage stage1, this run is {stage}: leave it out")
+        if folder and self.train_vision:
+            raise ValueError("--train_vision would change the tower that --latent_targets reads; leave out one")
+        if folder and self.compress_strategy != "average":
+            pooled = f"--compress_strategy {self.compress_strategy} makes targets of features"
+            raise ValueError(f"{pooled}, and --latent_targets has its own; leave out one")
+        if self.feed == "own" and stage != "stage1":
+            raise ValueError(f"--feed own is for --stage stage1, this run is {stage}: leave it out")
+        if self.feed == "own" and self.slots == "auxiliary":
+            raise ValueError("--feed own: answers of --slots auxiliary see no latents; leave out one")
+        if self.feed == "own" and self.train_targets:
+            raise ValueError("--train_targets trains the tower by the latents' inputs, which --feed own replaces")
 
     def _agree_in_rl(self) -> None:
         if self.stage != "rl":
@@ -281,9 +311,10 @@ class RunConfig(RlSettings, _Settings):
     @property
     def kept_fields(self) -> tuple[str, ...]:
         """Fields of the record whose images' features are kept on disk."""
-        if self.train_vision or self.feature_cache == "off":
+        if self.trains_tower or self.feature_cache == "off":
             return ()
-        helpers = ("image_output",) if self.stage == "stage1" else ()
+        # Those that a trained copy of the tower makes change from step to step.
+        helpers = ("image_output",) if self.stage in HELPED and not self.train_vision else ()
         return helpers if self.feature_cache == "targets" else ("image_input", *helpers)
 
     @property
@@ -291,13 +322,28 @@ class RunConfig(RlSettings, _Settings):
         """Where kept features lie."""
         return self.feature_dir or cache_folder(self.cache_dir) / "features"
 
+    @property
+    def trains_tower(self) -> bool:
+        """Whether the model's own tower is trained; scaffold trains a copy."""
+        return self.train_vision and self.stage != "scaffold"
+
+    @property
+    def trains_helpers(self) -> bool:
+        """Whether a tower is trained through helper images."""
+        return self.train_targets or (self.train_vision and self.stage == "scaffold")
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether states are fed back at latents, in passes."""
+        return self.stage in ("stage2", "rl") or self.feed == "own"
+
     def passes(self, most_runs: int) -> int:
         """Passes of the forward, the same for all ranks' micro-batches of a micro-step (see data.passes.schedule).
 
         Args:
             most_runs: latent blocks of the row that has most among them.
         """
-        if self.stage in ("stage2", "rl"):
+        if self.recurrent:
             return most_runs * self.latent_size + 1
         return 2 if self.slots == "auxiliary" else 1
 

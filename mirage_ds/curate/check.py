@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mirage_ds.config.columns import RECOGNISED, Columns
-from mirage_ds.config.run import Stage
+from mirage_ds.config.run import HELPED, Stage
 from mirage_ds.data.folders import find_files
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.inside import folder_of_pictures
@@ -42,10 +42,10 @@ def _faults(
     record: Record, finder: ImageFinder, stage: Stage, measure: Callable[[Record], object] | None
 ) -> list[Fault]:
     faults: list[Fault] = []
-    if stage == "stage1":
+    if stage in HELPED:
         with _noted(faults):
-            record.need_helper()
-    for name, path in record.images(helpers=stage == "stage1"):
+            record.need_helper(stage)
+    for name, path in record.images(helpers=stage in HELPED):
         with _noted(faults):
             finder.size(record, name, path)
             finder.load(record, name, path)

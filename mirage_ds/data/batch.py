@@ -132,7 +132,7 @@ def collate(samples: Sequence[Sample], passes: int, dummy: Sample, auxiliary: bo
     sample_of = np.repeat(np.arange(len(packed)), lengths)
     latents = [at + start + np.arange(k) for one, at in zip(packed, starts, strict=False) for start, k in one.runs]
     latent_count = torch.tensor([sum(k for _, k in sample.runs) for sample in packed])
-    pools = _pools(packed, auxiliary)
+    pools = _pools(packed)
     return Batch(
         rows=torch.tensor([sample.row for sample in packed]),
         weight=torch.tensor([float(sample.row >= 0) for sample in packed]),
@@ -169,10 +169,10 @@ def _indices(parts: Sequence[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *parts]).astype(np.int64))
 
 
-def _pools(samples: Sequence[Sample], auxiliary: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _pools(samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Build the pooling indices of all helpers; one helper a latent block, in order.
 
-    The dummy of the auxiliary schedule has latents and no helper: its targets are zero.
+    A dummy with latents has no helper: its targets are zero.
     """
     sources, targets, sizes = [], [], []
     feature = latent = 0
@@ -181,8 +181,7 @@ def _pools(samples: Sequence[Sample], auxiliary: bool) -> tuple[torch.Tensor, to
         kept = np.flatnonzero(groups != DROPPED)
         sources.append(feature + kept)
         targets.append(latent + groups[kept])
-        dummy = auxiliary and sample.row < 0
-        sizes.append(np.ones(sum(k for _, k in sample.runs)) if dummy else np.bincount(groups[kept]))
+        sizes.append(np.ones(sum(k for _, k in sample.runs)) if sample.row < 0 else np.bincount(groups[kept]))
         feature += len(groups)
         latent += len(sizes[-1])
     return _indices(sources), _indices(targets), _indices(sizes)

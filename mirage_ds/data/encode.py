@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from mirage_ds.config.run import Compress, Slots, Stage
+from mirage_ds.config.run import HELPED, Compress, Slots, Stage
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.literals import Literals
 from mirage_ds.data.messages import TURNS_BEFORE
@@ -63,7 +63,7 @@ class Encoder:
         tokenizer: with the three latent tokens.
         images, helpers: the image processors of input and helper images (they differ in their pixel limits).
         finder: finds image files.
-        stage: sft drops the latents; only stage1 reads the helper images; in rl a row is its prompt alone.
+        stage: sft drops the latents; only stage1 and scaffold read the helper images; in rl a row is its prompt alone.
         latent_size: k.
         slots: what stands where the helper stood, as config.RunConfig.slots.
         compress: how the helper's features become k targets.
@@ -92,6 +92,11 @@ class Encoder:
     def _bare(self) -> bool:
         """Nothing stands where the helper stood."""
         return self.stage == "sft" and self.slots is None
+
+    @property
+    def pools(self) -> bool:
+        """Whether k targets are what is kept of a helper; scaffold needs all of its features."""
+        return self.stage == "stage1"
 
     @property
     def auxiliary(self) -> bool:
@@ -179,8 +184,8 @@ class Encoder:
         text = self._prompt(record) if prompt else self._text(record)
         grids = [self._grid(self.images, *self.finder.size(record, "image_input", path)) for path in record.image_input]
         helper_grids: list[Grid] = []
-        if self.stage == "stage1" and not prompt:
-            record.need_helper()
+        if self.stage in HELPED and not prompt:
+            record.need_helper(self.stage)
             for path in record.image_output:
                 grid = self._grid(self.helpers, *self.finder.size(record, "image_output", path))
                 try:
@@ -221,7 +226,8 @@ class Encoder:
 
         Args:
             image_features: (F, H) features of its images, which are then not decoded.
-            helper_features: (blocks · k, H) targets that its helpers were pooled to, which are then not decoded.
+            helper_features: (blocks · k, H) targets that its helpers were pooled to, in scaffold (F, W) their features;
+                they are then not decoded.
 
         Raises:
             RecordError: an image does not decode, or is another one than when the row was laid out.
@@ -243,7 +249,7 @@ class Encoder:
             positions -= np.where(ids == pad, (earlier - 1) // self.latent_size * self.latent_size, earlier)
         groups = [
             # What was pooled before is a mean of one.
-            np.arange(self.latent_size) if helper_features is not None else self.groups_of(grid)
+            np.arange(self.latent_size) if helper_features is not None and self.pools else self.groups_of(grid)
             for grid in layout.helper_grids
         ]
         groups = [run * self.latent_size * (own >= 0) + own for run, own in enumerate(groups)]
@@ -296,7 +302,8 @@ class Encoder:
             same = [tuple(grid) for grid in grids.tolist()] == expected
         else:
             pixels, grids = self.pixels(record, name, ())[0], torch.tensor(expected, dtype=torch.int64)
-            kept = [self._merged(grid) if name == "image_input" else self.latent_size for grid in expected]
+            pooled = name == "image_output" and self.pools
+            kept = [self.latent_size if pooled else self._merged(grid) for grid in expected]
             same = len(features) == sum(kept)
         if not same:
             raise record.fault(name, "an image changed its size since it was measured", "start the run again")

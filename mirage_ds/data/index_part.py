@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mirage_ds.config.columns import Columns
+from mirage_ds.config.run import HELPED
 from mirage_ds.data import sources
 from mirage_ds.data.encode import Encoder, beside_each
 from mirage_ds.data.images import Key
@@ -149,7 +150,7 @@ class Parts:
         file, encoder = self.plan.files[piece.file], self.encoders[piece.file]
         rows = []
         for found in read_piece(piece, file, self.pictures, self.plan.columns):
-            paths = () if isinstance(found, Fault) else found.images(helpers=encoder.stage == "stage1")
+            paths = () if isinstance(found, Fault) else found.images(helpers=encoder.stage in HELPED)
             # Before they are read: what is written meanwhile is noticed by whoever compares.
             pictures = [{"path": path} | encoder.finder.sight(path)._asdict() for _, path in paths]
             rows.append(encode_row(found, encoder, self.keep) | {"file": piece.file, "pictures": pictures})
@@ -163,7 +164,7 @@ def encode_row(record: Record | Fault, encoder: Encoder, keep: Sequence[str]) ->
     keys: dict[str, list[Key]] = {name: [] for name in keep}
     try:
         layout = encoder.lay_out(record)
-        for name, path in record.images(helpers=encoder.stage == "stage1"):
+        for name, path in record.images(helpers=encoder.stage in HELPED):
             if name in keep:
                 keys[name].append(encoder.finder.key(record, name, path))
             else:

@@ -116,11 +116,11 @@ class Record:
         paths = [("image_input", path) for path in self.image_input]
         return paths + [("image_output", path) for path in self.image_output if helpers]
 
-    def need_helper(self) -> None:
-        """RecordError unless there is a helper image, which stage1 takes its targets from."""
+    def need_helper(self, stage: str = "stage1") -> None:
+        """RecordError unless there is a helper image, which a stage of config.run.HELPED takes its targets from."""
         if not self.image_output:
             how = "add its path, or name its column by --columns helper=…, or train this row in sft, or in stage2 with "
-            raise self.fault("image_output", "stage1 needs a helper image", f"{how}{HELPER_MARK} in the answer")
+            raise self.fault("image_output", f"{stage} needs a helper image", f"{how}{HELPER_MARK} in the answer")
 
     def fault(self, name: str, what: str, how: str) -> RecordError:
         """Make the error that names this record's line."""

@@ -54,6 +54,8 @@ def _arm(state: Mapping[str, Any]) -> str:
         f"latent loss {loss}": loss != "cosine",
         "latents detached": detached,
         "targets train the tower": targets,
+        "learned targets": state.get("latent_targets"),
+        "own states fed": state.get("feed"),
     }
     return ", ".join(said for said, does in differs.items() if does)
 

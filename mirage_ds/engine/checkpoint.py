@@ -56,6 +56,8 @@ MUST_AGREE = {
     "ce_weight": "--ce_weight",
     "optimizer": "AdamW and its schedule (--learning_rate, --lr_scheduler, --warmup_steps, β, ε, --weight_decay)",
     "train_vision": "--train_vision",
+    "latent_targets": "--latent_targets (SHA-256)",
+    "feed": "--feed",
     "lora": "--lora_rank, --lora_alpha, --lora_targets",
     "zero_stage": "ZeRO stage of --deepspeed",
     "latent_policy": "--latent_policy",

@@ -37,7 +37,7 @@ FILLED = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumu
 FILLED |= {f"optimizer.params.{name}" for name in ("lr", "betas", "eps", "weight_decay")}
 FILLED |= {f"zero_optimization.{name}" for name in LIMITS}
 # The recipe of a stage where no JSON is given.
-DEFAULTS = {"sft": "zero3", "stage1": "zero3", "stage2": "zero3_kept", "rl": "zero3_kept"}
+DEFAULTS = {"sft": "zero3", "scaffold": "zero3", "stage1": "zero3", "stage2": "zero3_kept", "rl": "zero3_kept"}
 
 
 def shipped_folder() -> Path:

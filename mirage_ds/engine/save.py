@@ -27,7 +27,7 @@ from mirage_ds.engine.frozen import Notes, digest
 from mirage_ds.engine.private import unheard
 from mirage_ds.engine.spelling import Base, config_json, read_base, write_image_processor, write_tokenizer
 from mirage_ds.errors import UserError
-from mirage_ds.files import GENERATE, HEADS, delete_apart, whole_folder, write_atomically
+from mirage_ds.files import GENERATE, HEADS, TARGETS, TARGETS_NOTE, delete_apart, whole_folder, write_atomically
 from mirage_ds.model import latent_generate
 from mirage_ds.model.family import FAMILIES, Family, family_of
 from mirage_ds.model.folder import resolve_folder, weight_files
@@ -36,6 +36,8 @@ from mirage_ds.model.gathered import gathered
 from mirage_ds.model.latent_heads import PREFIX
 from mirage_ds.model.load import check_folder, expected_shapes, public_name, read_config
 from mirage_ds.model.shards import ShardWriter, write_tensors
+from mirage_ds.model.target_encoder import PREFIX as ENCODER
+from mirage_ds.model.targets import write_encoder
 
 
 def trained_of(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,7 +86,8 @@ def finish_folder(
     config.json is written last: a folder without it is no model, so that an interrupted save is never taken for one.
     """
     folder = writer.folder
-    (folder / "config.json").unlink(missing_ok=True)
+    for old in ("config.json", TARGETS, TARGETS_NOTE):
+        (folder / old).unlink(missing_ok=True)
     writer.finish()
     write_tokenizer(parts.tokenizer, parts.base, folder)
     write_image_processor(parts.image_processor, folder)
@@ -201,6 +204,27 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, parts: Pa
         finish_folder(writer, dtype, parts._replace(card=model_card(state)), adapter, heads)
 
 
+def export_encoder(checkpoint: Path, out: Path, dtype: torch.dtype) -> None:
+    """Turn a sharded checkpoint of --stage scaffold into its folder.
+
+    Raises:
+        UserError: a file differs from the checkpoint's manifest.
+    """
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    check_whole(checkpoint)
+    state = read_state(checkpoint)
+    with unheard():
+        masters = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name, lazy_mode=True)
+    tensors = {
+        name.removeprefix(ENCODER): one.contiguous().to(dtype)
+        for name, one in masters.items()
+        if name.startswith(ENCODER)
+    }
+    with whole_folder(out) as folder:
+        write_encoder(tensors, folder, {**state["scaffold"], "step": state["step"]})
+
+
 def _same(tensor: torch.Tensor, name: str, source: Path, checkpoint: Path, frozen: Notes) -> torch.Tensor:
     """Return a tensor of the source; UserError where it is not what was frozen in training."""
     if name in frozen and frozen[name] != digest(tensor):
@@ -289,10 +313,17 @@ def export_folder(source: Path, target: Path, vocab_rows: int | None, base: Path
     state = read_state(found)
     if vocab_rows is not None:
         raise UserError("--vocab_rows goes with a model folder: export the checkpoint first, then the folder")
+    told, dtype = (
+        f"{target}: step {state['step']} of {state['stage']}, {state['dtype']}",
+        getattr(torch, state["dtype"]),
+    )
+    if state["stage"] == "scaffold":
+        export_encoder(found, target, dtype)
+        return told
     sources = [str(base)] if base else state["sources"]
     place = resolve_folder(sources[0], "--model", None)
     check_folder(place, [Path(folder) for folder in sources[1:]])
     encoder = load_encoder(sources, ImageFinder(()), "sft", 1, tuple(state["pixels"]))
     parts = Parts(read_base(place, encoder.tokenizer), encoder.tokenizer, encoder.images, place, trained_of(state))
-    export_checkpoint(found, target, getattr(torch, state["dtype"]), parts)
-    return f"{target}: step {state['step']} of {state['stage']}, {state['dtype']}"
+    export_checkpoint(found, target, dtype, parts)
+    return told

@@ -7,12 +7,22 @@ from mirage_ds.data.encode import Encoder
 from mirage_ds.data.sample import IGNORE, Sample
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.generate import Prompts
+from mirage_ds.model.targets import Targets
 from mirage_ds.model.vision import FrozenTower
 
 
-def pack(model: MirageModel, tower: FrozenTower, encoder: Encoder, samples: Sequence[Sample], passes: int = 1) -> Batch:
-    """Pack rows into a batch on the model's device, with the features of their images."""
-    return to_device(tower.attach(collate(samples, passes, encoder.dummy(0))), model.head.weight.device)
+def pack(
+    model: MirageModel,
+    tower: FrozenTower,
+    encoder: Encoder,
+    samples: Sequence[Sample],
+    passes: int = 1,
+    targets: Targets | None = None,
+) -> Batch:
+    """Pack rows into a batch on the model's device, with the features of their images, or helpers' learned targets."""
+    batch = collate(samples, passes, encoder.dummy(0))
+    batch = batch if targets is None else targets.attach(batch)
+    return to_device(tower.attach(batch), model.head.weight.device)
 
 
 def reader(

@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from mirage_ds.errors import UserError, reason, strict_json
+from mirage_ds.files import TARGETS_NOTE
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "*.txt")
 ADAPTER_CONFIG = "adapter_config.json"
+TARGETS_FORMAT = 1
 MERGE = "merge it into its base (PEFT's merge_and_unload) and give the merged folder"
 LFS = b"version https://git-lfs"
 
@@ -47,6 +49,9 @@ def resolve_folder(name: str, flag: str, cache_dir: Path | None, tick: Callable[
         raise UserError(f"{flag} {name}: cannot be read ({error.strerror}); make it readable") from None
     if "config.json" not in names and ADAPTER_CONFIG in names:
         raise UserError(f"{flag} {name}: holds {adapter_of(folder)} and no model; {MERGE}")
+    if "config.json" not in names and TARGETS_NOTE in names:
+        how = "give it as --latent_targets to stage1, and here the model that it was trained for"
+        raise UserError(f"{flag} {name}: holds learned targets (--stage scaffold) and no model; {how}")
     if "config.json" not in names:
         raise UserError(f"{flag} {name}: no config.json there; give a model folder (as --save_model_path made it)")
     return folder
@@ -69,6 +74,22 @@ def _download(name: str, flag: str, cache_dir: Path | None, tick: Callable[[], N
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         first = str(error).splitlines()[0]
         raise UserError(f"{flag} {name}: no such folder, and the hub did not give it ({first})") from None
+
+
+def read_targets(folder: Path) -> dict[str, Any]:
+    """Read what a folder of --stage scaffold says of its encoder (model/targets.py).
+
+    Raises:
+        UserError: there is none, or one of another version.
+    """
+    file = folder / TARGETS_NOTE
+    if not file.is_file():
+        how = "give a folder that --stage scaffold saved"
+        raise UserError(f"--latent_targets {folder}: no {TARGETS_NOTE} there; {how}")
+    note = read_json(file)
+    if not isinstance(note, dict) or note.get("format") != TARGETS_FORMAT:
+        raise UserError(f"{file}: not of this version of mirage_ds; copy it again, or train the targets anew")
+    return note
 
 
 def adapter_of(folder: Path) -> str:

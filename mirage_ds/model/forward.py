@@ -17,10 +17,11 @@ from mirage_ds.config.run import LatentLoss
 from mirage_ds.data.batch import Batch
 from mirage_ds.model.images import Deep, place_images
 from mirage_ds.model.latent_heads import LatentHeads, gaussian_logp, vlpo_logp
-from mirage_ds.model.latents import compress, grounding, in_order, run_passes
+from mirage_ds.model.latents import before_latents, compress, grounding, in_order, run_passes
 from mirage_ds.model.layers import Cut, DecoderLayers
 from mirage_ds.model.lora import Lora, TokenRows, adapters_off
 from mirage_ds.model.loss import LossHead, LossSums, label_scales, loss_sums
+from mirage_ds.model.target_encoder import TargetEncoder
 from mirage_ds.model.vision import trained_features
 
 
@@ -90,6 +91,7 @@ class Forward:
         detach_latents: no gradient through the states that stage2 feeds back.
         kernels: "liger", or None for transformers' own norms and MLPs (kernels.py).
         split: stage2's last pass has a backward of its own (LossSums.earlier).
+        own: stage1 feeds the model's own states at the latents (--feed own), in stage2's passes.
         train_targets: stage1's cross-entropy also reaches a trained tower through the targets that stand as inputs.
     """
 
@@ -102,6 +104,7 @@ class Forward:
     train_targets: bool = False
     split: bool = False
     kernels: str | None = None
+    own: bool = False
 
 
 class MirageModel(nn.Module):
@@ -112,6 +115,7 @@ class MirageModel(nn.Module):
         visual: the vision tower where it is trained, else None (features then come with the batch).
         lora: what the adapters in `language_model` are, if there are any; rows: what is trained of the embedding then.
         latent_heads: where latents are drawn (rl's policy "gaussian").
+        target_encoder: in scaffold, what alone is trained.
     """
 
     def __init__(
@@ -123,6 +127,7 @@ class MirageModel(nn.Module):
         lora: Lora | None = None,
         rows: TokenRows | None = None,
         latent_heads: LatentHeads | None = None,
+        target_encoder: TargetEncoder | None = None,
     ):
         super().__init__()
         self.language_model: Any = language_model
@@ -134,6 +139,12 @@ class MirageModel(nn.Module):
         self.layers = DecoderLayers(language_model.layers, how.kernels)
         self.lora = lora
         self.latent_heads = latent_heads
+        self.target_encoder = target_encoder
+
+    @property
+    def encodes_helpers(self) -> bool:
+        """Whether helpers go through a tower that is trained for them alone, so that they come as pixels."""
+        return self.target_encoder is not None and self.target_encoder.visual is not None
 
     def forward(self, batch: Batch, scoring: Scoring | None = None) -> LossSums | Scores:
         """Compute the sums of the micro-batch's losses, or how likely its answers are.
@@ -168,9 +179,8 @@ class MirageModel(nn.Module):
         total, ce = self.head(labelled, batch.targets, label_scales(batch, self.how.reduction))
         distance = None
         if targets is not None:
-            states = hidden[0] if len(hidden) == 1 else in_order(hidden, batch.passes)
             # Targets are what the hidden states are pulled towards: they must not move to meet them.
-            distance = grounding(states, targets.detach(), batch, self.how.latent_loss)
+            distance = grounding(before_latents(hidden, batch, cut), targets.detach(), self.how.latent_loss)
         sums = loss_sums(total, ce, distance, batch, self.how.reduction)
         if cut is not None:
             sums = sums._replace(earlier=cut.root())
@@ -181,8 +191,7 @@ class MirageModel(nn.Module):
         with nullcontext() if scoring.adapters else adapters_off(self.layers):
             hidden, labelled, cut = self._hidden(batch, embeddings, deep)
         logp, entropy = self.head(labelled, batch.targets, None, scoring.temperature, scoring.adapters)
-        states = hidden[0] if len(hidden) == 1 else in_order(hidden, batch.passes)
-        states = states.index_select(0, batch.latents - 1)
+        states = before_latents(hidden, batch)
         latent_logp = states.new_zeros(len(states), dtype=torch.float64)
         if scoring.density is not None:
             if batch.fed is None or (scoring.density == "gaussian" and self.latent_heads is None):
@@ -202,11 +211,15 @@ class MirageModel(nn.Module):
         images, helpers = self._features(batch)
         embeddings, deep = place_images(embeddings, images, batch.image_positions)
         targets = None
-        if self.how.grounded:
+        if self.target_encoder is not None:
+            made = self.target_encoder(helpers, batch.helper_grid_thw)
+            embeddings = embeddings.index_copy(0, batch.latents, made.to(embeddings.dtype))
+        elif self.how.grounded:
             # Also on a rank whose rows have no helper: ranks whose graphs differ hang ZeRO-3.
-            # Teacher forcing: the targets are the latents' input embeddings.
             targets = compress(helpers, batch, embeddings.shape[1]).to(embeddings.dtype)
-            embeddings = embeddings.index_copy(0, batch.latents, targets)
+            if not self.how.own:
+                # Teacher forcing: the targets are the latents' input embeddings.
+                embeddings = embeddings.index_copy(0, batch.latents, targets)
         elif batch.fed is not None:
             embeddings = embeddings.index_copy(0, batch.latents, batch.fed.to(embeddings.dtype))
         return embeddings, deep, targets
@@ -236,9 +249,12 @@ class MirageModel(nn.Module):
 
     def _features(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         if self.visual is None:
-            if batch.image_features is None or batch.helper_features is None:
+            found, encoder = batch.helper_features, self.target_encoder
+            if encoder is not None and encoder.visual is not None:
+                found = trained_features(encoder.visual, batch.helper_pixel_values, batch.helper_grid_thw)
+            if batch.image_features is None or found is None:
                 raise ValueError("the tower is frozen: run FrozenTower.attach on the batch first")
-            return batch.image_features, batch.helper_features
+            return batch.image_features, found
         images = trained_features(self.visual, batch.pixel_values, batch.image_grid_thw)
         if not self.how.grounded:
             return images, images[:0]

@@ -46,18 +46,16 @@ def averages(features: torch.Tensor, source: torch.Tensor, target: torch.Tensor,
     return (sums / size[:, None]).to(features.dtype)
 
 
-def grounding(hidden: torch.Tensor, targets: torch.Tensor, batch: Batch, loss: LatentLoss) -> torch.Tensor:
+def grounding(before: torch.Tensor, targets: torch.Tensor, loss: LatentLoss) -> torch.Tensor:
     """Distance of the hidden state before each latent from the latent's target, in float32.
 
     Args:
-        hidden: (T, H) final-norm hidden states, in the order of the packed batch.
-        targets: (N_runs · k, H).
+        before: (N_runs · k, H), as before_latents returns them; targets: (N_runs · k, H).
         loss: 1 − cosine, or the mean over H of the squared difference.
 
     Returns:
         (N_runs · k,) float32.
     """
-    before = hidden.index_select(0, batch.latents - 1)
     if loss == "l2":
         return (before.float() - targets.float()).square().mean(dim=-1)
     return 1 - functional.cosine_similarity(before.float(), targets.float(), dim=-1)
@@ -154,6 +152,21 @@ def run_passes(
                 made[place].append((k, v))
         hidden.append((language_model.norm.forward if resident else language_model.norm)(x)[0])
     return hidden
+
+
+def before_latents(hidden: Sequence[torch.Tensor], batch: Batch, cut: Cut | None = None) -> torch.Tensor:
+    """Return the final-norm hidden states at the positions before the latents, (N_runs · k, H).
+
+    Args:
+        hidden: of each pass, (Tq, H).
+        cut: where the last pass has a backward of its own: no latent is made from a state of that pass.
+    """
+    if len(hidden) == 1:
+        return hidden[0].index_select(0, batch.latents - 1)
+    place = torch.argsort(torch.cat([one.tokens for one in batch.passes])).index_select(0, batch.latents - 1)
+    if cut is None:
+        return torch.cat(list(hidden)).index_select(0, place)
+    return cut(torch.cat(list(hidden[:-1])).index_select(0, place))
 
 
 def in_order(hidden: Sequence[torch.Tensor], passes: Sequence[Pass]) -> torch.Tensor:

@@ -14,11 +14,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from mirage_ds.config.run import LatentLoss, Stage
+from mirage_ds.config.run import Feed, LatentLoss, Stage
 from mirage_ds.errors import UserError, reason
 from mirage_ds.model.attention import INTERFACE_NAME, SEGMENTS_NAME, choose_backend, head_width_of, register
 from mirage_ds.model.chunks import chunk_budget
@@ -26,11 +26,13 @@ from mirage_ds.model.family import FAMILIES, Family, check_kind, family_of, flat
 from mirage_ds.model.folder import read_json
 from mirage_ds.model.folder_check import check_processor, check_stored
 from mirage_ds.model.forward import Forward, MirageModel
+from mirage_ds.model.gathered import gathered
 from mirage_ds.model.kernels import check_device
 from mirage_ds.model.latent_heads import load_heads
 from mirage_ds.model.lora import Lora, TokenRows, add_adapters
 from mirage_ds.model.loss import LossHead
 from mirage_ds.model.shape import Shape
+from mirage_ds.model.target_encoder import TargetEncoder, size_of
 from mirage_ds.model.vision import FrozenTower
 
 if TYPE_CHECKING:
@@ -205,6 +207,45 @@ def load_tower(
     return FrozenTower(tower.to(device))
 
 
+class Scaffold(NamedTuple):
+    """An encoder that is to be trained.
+
+    Attributes:
+        k: latents; seed: of its start.
+    """
+
+    k: int
+    seed: int
+
+
+def new_encoder(whole: Any, config: Any, wanted: Scaffold, visual: Any, device: torch.device) -> TargetEncoder:
+    """Make the encoder of --stage scaffold, and freeze the model around it.
+
+    Args:
+        whole: transformers' whole model, perhaps sharded; config: its configuration.
+        visual: its tower, which is loaded once more for the model's own images: the copy that is trained, if any is.
+    """
+    whole.requires_grad_(False)
+    if visual is not None:
+        visual.requires_grad_(True)
+    norm = whole.model.language_model.norm.weight
+    encoder = TargetEncoder(size_of(config, wanted.k), visual, device, whole.lm_head.weight.dtype)
+    with gathered([norm]):
+        encoder.start(norm.detach().to("cpu"), wanted.seed)
+    return encoder
+
+
+def _adapted(whole: Any, lora: Lora, budget: int, device: torch.device) -> tuple[TokenRows, LossHead]:
+    """Freeze a whole model and put adapters on it; return what is trained of its embedding, and the head."""
+    whole.requires_grad_(False)
+    add_adapters(whole.model.language_model, lora)
+    matrix, embedding = whole.lm_head.weight, whole.model.language_model.embed_tokens.weight
+    rows = TokenRows(embedding, lora.tokens, device)
+    # Where embedding and head are one matrix, its rows are too.
+    own = rows if matrix is embedding else TokenRows(matrix, lora.tokens, device)
+    return rows, LossHead(matrix, budget, own.weight, own.ids)
+
+
 def load_model(
     folder: Path,
     *,
@@ -226,6 +267,8 @@ def load_model(
     kernels: str | None = None,
     lora: Lora | None = None,
     latent_heads: bool = False,
+    feed: Feed = "targets",
+    scaffold: Scaffold | None = None,
 ) -> Loaded:
     """Load a checkpoint folder.
 
@@ -239,6 +282,8 @@ def load_model(
         latent_loss, detach_latents, train_targets, split, kernels: see forward.Forward.
         lora: put adapters on the decoder; everything else is frozen.
         latent_heads: train LatentHeads, new ones where the folder has none. Those of a folder are always loaded.
+        feed: stage1's inputs at the latents.
+        scaffold: train a TargetEncoder, with train_vision over a copy of the tower; everything else is frozen.
 
     Raises:
         UserError: no whole model of a known family in safetensors, or attention or kernels cannot run here.
@@ -249,7 +294,7 @@ def load_model(
     backend = choose_backend(attention, device, products or dtype, head_width_of(config.get_text_config()))
     check_device(kernels, device)
     register()
-    if tower is None and not train_vision:
+    if tower is None and (scaffold is not None or not train_vision):
         tower = load_tower(folder, config, dtype, device, attention)
     # from_pretrained finds the configuration through a weak reference: the name keeps it alive for the load.
     alive = HfDeepSpeedConfig(ds_config) if ds_config is not None else None
@@ -266,21 +311,18 @@ def load_model(
         visual.gradient_checkpointing_enable({"use_reentrant": False})
     matrix = whole.lm_head.weight
     budget = loss_chunk_bytes or chunk_budget(torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 0)
-    if lora is None:
-        rows, head = None, LossHead(matrix, budget)
-    else:
-        whole.requires_grad_(False)
-        add_adapters(whole.model.language_model, lora)
-        embedding = whole.model.language_model.embed_tokens.weight
-        rows = TokenRows(embedding, lora.tokens, device)
-        # Where embedding and head are one matrix, its rows are too.
-        own = rows if matrix is embedding else TokenRows(matrix, lora.tokens, device)
-        head = LossHead(matrix, budget, own.weight, own.ids)
+    rows, head = (None, LossHead(matrix, budget)) if lora is None else _adapted(whole, lora, budget, device)
     grounded = stage == "stage1"
+    own = feed == "own"
     how = Forward(
-        grounded, reduction, backend, checkpointing, latent_loss, detach_latents, train_targets, split, kernels
+        grounded, reduction, backend, checkpointing, latent_loss, detach_latents, train_targets, split, kernels, own
     )
+    encoder = None
+    if scaffold is not None:
+        encoder = new_encoder(whole, config, scaffold, visual if train_vision else None, device)
+        visual = None
     said = "latent_heads" in (getattr(config, "mirage", None) or {})
     heads = load_heads(folder, said, config.get_text_config().hidden_size, device, dtype, latent_heads)
-    model = MirageModel(whole.model.language_model, head, visual if train_vision else None, how, lora, rows, heads)
+    visual = visual if train_vision else None
+    model = MirageModel(whole.model.language_model, head, visual, how, lora, rows, heads, encoder)
     return Loaded(model.to(device) if ds_config is None else model, tower, config)

@@ -82,22 +82,23 @@ class FrozenTower:
             digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def attach(self, batch: Batch) -> Batch:
+    def attach(self, batch: Batch, helpers: bool = True) -> Batch:
         """Give the batch the features of those images that came as pixels, on the tower's device.
+
+        Args:
+            helpers: False leaves pixels of helpers as they are, for a tower that is trained for them.
 
         The batch may be on the host: grids are read there, without waiting for the GPU, and pixels alone are moved.
         """
-        images, helpers = batch.image_features, batch.helper_features
+        images, found = batch.image_features, batch.helper_features
         if images is None:
             images = self.features(batch.pixel_values, batch.image_grid_thw)
-        if helpers is None:
-            helpers = self.features(batch.helper_pixel_values, batch.helper_grid_thw)
-        return batch._replace(
-            image_features=images,
-            helper_features=helpers,
-            pixel_values=batch.pixel_values.new_empty(0),
-            helper_pixel_values=batch.helper_pixel_values.new_empty(0),
-        )
+        batch = batch._replace(image_features=images, pixel_values=batch.pixel_values.new_empty(0))
+        if not helpers:
+            return batch
+        if found is None:
+            found = self.features(batch.helper_pixel_values, batch.helper_grid_thw)
+        return batch._replace(helper_features=found, helper_pixel_values=batch.helper_pixel_values.new_empty(0))
 
     @torch.no_grad()
     def features(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:

@@ -62,6 +62,7 @@ class Micro(NamedTuple):
         resident: the layers' weights are whole all the time (DecoderLayers.resident).
         split: the last pass has an engine backward of its own; else it leaves its weight gradients to the first pass.
         handed_on: labelled tokens of the passes before the last.
+        encoder: elements that are trained in place of the model's weights, which are frozen (scaffold); 0 elsewhere.
     """
 
     model: Sizes
@@ -78,6 +79,7 @@ class Micro(NamedTuple):
     resident: bool = True
     split: bool = False
     handed_on: int = 0
+    encoder: int = 0
 
     @property
     def tokens(self) -> int:
@@ -158,7 +160,7 @@ def saved_terms(micro: Micro) -> Terms:
         "rotary cos and sin (2 b T D)": 2 * width * tokens * model.head_width,
         "states fed back (b N H a pass)": width * fed_back * hidden,
         "gradient of the labelled states (b M H)": width * micro.labelled * hidden,
-        OUTPUT_GRADIENT: width * model.vocabulary * hidden,
+        OUTPUT_GRADIENT: 0 if micro.encoder else width * model.vocabulary * hidden,
     }
     if micro.grounded is not None:
         # before and target in float32, the index, two norms and the weight of each.
@@ -219,7 +221,7 @@ def head_terms(micro: Micro) -> Terms:
     chunk = {"logits and softmax of a chunk (8 C V)": 2 * FLOAT32 * rows * model.vocabulary}
     terms = {
         "labelled states and their gradient (2 b M H)": 2 * width * labelled * model.hidden,
-        OUTPUT_GRADIENT: width * model.vocabulary * model.hidden,
+        OUTPUT_GRADIENT: 0 if micro.encoder else width * model.vocabulary * model.hidden,
     }
     if width == FLOAT32:
         return terms | chunk

@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mirage_ds.config.run import HELPED
 from mirage_ds.data.passes import schedule
 from mirage_ds.engine.ds_config import read_json, recipes
 from mirage_ds.model.chunks import chunk_budget
@@ -17,7 +18,7 @@ from mirage_ds.plan.formulas import Machine, Step, step_cost, walk
 from mirage_ds.plan.gpus import A100, H100_SXM, PEAKS
 from mirage_ds.plan.rollout import reference, sampling, seconds
 from mirage_ds.plan.settings import Settings, read_settings
-from mirage_ds.plan.shape import Sizes, read_shape, sizes, trained_parameters
+from mirage_ds.plan.shape import Sizes, encoder_parameters, read_shape, sizes, trained_parameters
 from mirage_ds.plan.spec import PlanSpec
 from mirage_ds.plan.states import States, Written, states, written
 
@@ -50,6 +51,8 @@ class Question:
         shape = read_shape(spec.model)
         self.spec, self.machine, self.ranks = spec, _machine(spec), spec.nodes * spec.gpus_per_node
         self.model, self.parameters = sizes(shape), trained_parameters(shape)
+        if spec.stage == "scaffold":
+            self.parameters = encoder_parameters(self.model, spec.latent_size)
         self.micro = _micro(spec, self.model, self.machine)
         self.paths = recipes() if spec.deepspeed is None else [spec.deepspeed]
 
@@ -70,7 +73,9 @@ def _micro(spec: PlanSpec, model: Sizes, machine: Machine) -> Micro:
     rows, first = spec.micro_batch_tokens // spec.row_tokens, int(spec.row_tokens * (1 - spec.labelled))
     apart = (spec.row_tokens - first) // blocks
     runs = [(first + number * apart, k) for number in range(blocks)] if spec.recurrent else []
-    plans = schedule([spec.row_tokens] * rows, [runs] * rows, walk(spec.stage, k, blocks).passes)
+    plans = schedule(
+        [spec.row_tokens] * rows, [runs] * rows, walk("stage2" if spec.recurrent else spec.stage, k, blocks).passes
+    )
     # A latent's own place carries no label.
     labelled = spec.row_tokens - first - (0 if spec.stage == "sft" else k * blocks)
     return Micro(
@@ -84,6 +89,7 @@ def _micro(spec: PlanSpec, model: Sizes, machine: Machine) -> Micro:
         chunk_bytes=(spec.loss_chunk_mb or 0) * MIB or chunk_budget(machine.memory),
         features=rows * spec.images * spec.image_tokens,
         split=spec.recurrent and splits(model, spec.micro_batch_tokens),
+        encoder=sum(map(sum, encoder_parameters(model, k))) if spec.stage == "scaffold" else 0,
         # Of a row's last pass all tokens but the latent that it begins with.
         handed_on=rows * (labelled + 1) - plans[-1].tokens.size if spec.recurrent else 0,
     )
@@ -155,7 +161,11 @@ def held_by(asked: Question, settings: Settings, checkpointing: bool) -> Held:
     micro = asked.micro._replace(width=b, checkpointing=checkpointing, resident=settings.resident(model))
     found = states(asked.parameters, settings, asked.ranks, spec.micro_steps * micro.backwards)
     saved, height = saved_terms(micro), peak(micro)
-    every_kept, grounded = spec.feature_cache == "all", spec.latent_runs if spec.stage == "stage1" else 0
+    if spec.stage == "scaffold":
+        frozen = model.text * b // (asked.ranks if settings.stage == 3 else 1)
+        place = found.host if settings.offload_parameters else found.gpu
+        place["frozen weights (b Ψ / W under ZeRO-3)"] = frozen
+    every_kept, helpers = spec.feature_cache == "all", spec.latent_runs if spec.stage in HELPED else 0
     tower = model.vision * b
     host = {name: spec.gpus_per_node * size for name, size in found.host.items() if size}
     if every_kept:
@@ -165,7 +175,8 @@ def held_by(asked: Question, settings: Settings, checkpointing: bool) -> Held:
     feature = model.hidden * (1 + model.deep) * b
     kept = spec.images * spec.image_tokens * feature if every_kept else 0
     if spec.feature_cache != "off":
-        kept += grounded * spec.latent_size * model.hidden * b
+        # scaffold needs all features of a helper.
+        kept += helpers * (spec.image_tokens * feature if micro.encoder else spec.latent_size * model.hidden * b)
     saved_files = written(asked.parameters, settings, asked.ranks)
     if spec.async_save:
         writers = min(spec.gpus_per_node, saved_files.ranks)
@@ -198,8 +209,8 @@ def _backward(asked: Question, settings: Settings, height: Peak) -> Terms:
         small = sum(n for n in chain(*asked.parameters) if n <= zero.persistence) if zero.resident(model) else 0
         gathered = max(zero.live(model), model.embedding) - small
     # Of input images; in stage1 of each helper too, or its targets if kept.
-    helper = spec.image_tokens if spec.feature_cache == "off" else spec.latent_size
-    helpers = asked.micro.rows * helper * (spec.latent_runs if spec.stage == "stage1" else 0)
+    helper = spec.image_tokens if spec.feature_cache == "off" or spec.stage == "scaffold" else spec.latent_size
+    helpers = asked.micro.rows * helper * (spec.latent_runs if spec.stage in HELPED else 0)
     return {
         "gathered parameters": gathered * b,
         "left to the first pass's gradients (stage2)": height.deferred,

@@ -65,7 +65,7 @@ class Volume(NamedTuple):
         return self.forward + self.backward
 
 
-def volume(model: Sizes, walked: Walk, zero: Zero3) -> Volume:
+def volume(model: Sizes, walked: Walk, zero: Zero3, encoder: int = 0) -> Volume:
     """Elements under ZeRO-3 with checkpointed layers, from the second micro-step on (the first records the order).
 
     What has at most `persistence` elements stays whole and is gathered as the optimizer's step ends: all vectors, and
@@ -73,11 +73,16 @@ def volume(model: Sizes, walked: Walk, zero: Zero3) -> Volume:
     its backward, for recomputation and gradient. A bound from above: the last layers of the forward are still there
     when backward begins. Where the last pass has a backward of its own, a weight that both have is reduced twice: all
     but an embedding and a head that are two matrices.
+
+    Args:
+        encoder: elements that alone are trained, where the model is frozen (activations.Micro).
     """
     matrices = sum(m for m in model.matrices if m > zero.persistence)
     ends = [m for m in (model.embedding, model.head or model.embedding) if m > zero.persistence]
     once = model.layers * matrices + sum(ends if model.head else ends[:1])
     gathered = walked.passes * model.layers * matrices + sum(ends)
+    if encoder:
+        return Volume(gathered, gathered, encoder, encoder)
     apart = model.text - (model.embedding + model.head if model.head else 0)
     return Volume(gathered, gathered, model.text + (apart if walked.split else 0), model.text - once)
 
@@ -126,7 +131,7 @@ class Traffic(NamedTuple):
     in_node_calls: int
 
 
-def traffic(model: Sizes, walked: Walk, zero: Zero3, ranks: int, micro_steps: int = 1) -> Traffic:
+def traffic(model: Sizes, walked: Walk, zero: Zero3, ranks: int, micro_steps: int = 1, encoder: int = 0) -> Traffic:
     """Traffic of one optimizer step of G micro-steps under ZeRO-3.
 
     Gradients are reduce-scattered among all ranks in every micro-step. With hpZ only a weight's first gather in the
@@ -135,7 +140,7 @@ def traffic(model: Sizes, walked: Walk, zero: Zero3, ranks: int, micro_steps: in
     """
     if ranks == 1:
         return Traffic(0, 0, 0, 0)
-    moved = volume(model, walked, zero)
+    moved = volume(model, walked, zero, encoder)
     gathered, gathers = micro_steps * moved.gathered, micro_steps * gather_calls(model, walked, zero)
     often = moved.step + micro_steps * moved.reduced
     calls = step_calls(model, zero) + micro_steps * math.ceil(moved.reduced / zero.bucket)
@@ -221,7 +226,14 @@ def network(moved: Traffic, machine: Machine, nodes: int, achieved: float = 1.0,
     return Network(transfer / achieved, latency)
 
 
-def flops(model: Sizes, tokens: float, labelled: float = 0, keys: float = 0, checkpointing: bool = True) -> float:
+def flops(
+    model: Sizes,
+    tokens: float,
+    labelled: float = 0,
+    keys: float = 0,
+    checkpointing: bool = True,
+    frozen: bool = False,
+) -> float:
     """Floating-point operations of one micro-step's forward and backward.
 
     2 a weight and token forward, twice that backward (arXiv 2001.08361, section 2.1), the forward once more where
@@ -232,9 +244,11 @@ def flops(model: Sizes, tokens: float, labelled: float = 0, keys: float = 0, che
         tokens: T.
         labelled: tokens among them that go through the output matrix.
         keys: mean keys that a token attends to; half a row's length.
+        frozen: no gradient of a weight is made (scaffold).
     """
-    per_token = model.layers * (model.layer + 2 * model.width * keys)
-    return (4 if checkpointing else 3) * 2 * (per_token * tokens + (model.head or model.embedding) * labelled)
+    weights = model.layers * model.layer * tokens + (model.head or model.embedding) * labelled
+    attention = 2 * model.layers * model.width * keys * tokens
+    return 2 * ((4 if checkpointing else 3) * (weights + attention) - frozen * weights)
 
 
 def thin_bytes(model: Sizes, walked: Walk, width: int = BF16, recomputed: bool = False) -> float:
@@ -280,14 +294,16 @@ class Step(NamedTuple):
         return max(host, sum(self.seconds.values()) - host)
 
 
-def moved(model: Sizes, walked: Walk, settings: Settings, ranks: int, micro_steps: int) -> Traffic:
-    """Elements of the compute dtype that an optimizer step moves."""
+def moved(model: Sizes, walked: Walk, settings: Settings, ranks: int, micro_steps: int, encoder: int = 0) -> Traffic:
+    """Elements of the compute dtype that an optimizer step moves; `encoder` as in volume."""
     if settings.stage == 3 or ranks == 1:
-        return traffic(model, walked, settings.zero, ranks, micro_steps)
+        return traffic(model, walked, settings.zero, ranks, micro_steps, encoder)
     # Of all-reduces.
-    reduced = 2 * (micro_steps * volume(model, walked, settings.zero).reduced if settings.stage == 2 else model.text)
+    trained = encoder or model.text
+    each = volume(model, walked, settings.zero, encoder).reduced
+    reduced = 2 * (micro_steps * each if settings.stage == 2 else trained)
     wide = settings.accumulated / settings.compute if settings.whole_sums else 1
-    gathered = model.text if settings.stage else 0
+    gathered = trained if settings.stage else 0
     calls = math.ceil(reduced / settings.zero.bucket) + math.ceil(gathered / settings.zero.bucket)
     return Traffic(int(wide * reduced) + gathered, calls, 0, 0)
 
@@ -304,10 +320,10 @@ def step_cost(
     model, ranks, b = micro.model, nodes * machine.gpus, settings.compute
     thin_passes = sum(max(one.queries) == 1 for one in micro.passes)
     walked = Walk(len(micro.passes), thin_passes, micro.backwards > 1)
-    sent = moved(model, walked, settings, ranks, steps)
+    sent = moved(model, walked, settings, ranks, steps, micro.encoder)
     everywhere = ring_bytes(sent.everywhere, ranks, b)
     keys = micro.tokens / micro.rows / 2
-    arithmetic = steps * flops(model, micro.tokens, micro.labelled, keys, micro.checkpointing)
+    arithmetic = steps * flops(model, micro.tokens, micro.labelled, keys, micro.checkpointing, micro.encoder > 0)
     thin = steps * thin_bytes(model, walked, b, recomputed=micro.checkpointing and not settings.resident(model))
     seconds = {
         "arithmetic": arithmetic / (machine.flops * used),
@@ -315,7 +331,7 @@ def step_cost(
     }
     if thin:
         seconds["weights read by one-token passes"] = thin / machine.hbm
-    shard = model.text / ranks if settings.stage else model.text
+    shard = (micro.encoder or model.text) / (ranks if settings.stage else 1)
     # AdamW reads weight, gradient and two moments, writes all but the gradient and the weight of the forward.
     touched = shard * (3 * settings.master + 4 * settings.moments + b)
     if settings.offload_optimizer:

@@ -70,14 +70,14 @@ class ModelFlops:
     """Counts what a run's steps need.
 
     Args:
-        train_vision: the tower's backward belongs to the step.
-        train_targets: so does that of the helpers' features.
+        train_vision: the tower's backward over input images belongs to the step; train_helpers: that over helpers.
+        frozen_text: the text model's weights get no gradient, only its inputs do (scaffold).
     """
 
-    def __init__(self, model: Shape, train_vision: bool, train_targets: bool):
+    def __init__(self, model: Shape, train_vision: bool, train_helpers: bool, frozen_text: bool = False):
         self.text: Sizes = sizes(model)
         self.tower = Tower(model)
-        self.train_vision, self.train_targets = train_vision, train_targets
+        self.train_vision, self.train_helpers, self.frozen_text = train_vision, train_helpers, frozen_text
 
     def of_text(self, lengths: Sequence[int], labels: int) -> float:
         """FLOPs of the text model's forward and backward over whole rows.
@@ -87,7 +87,7 @@ class ModelFlops:
         """
         tokens = sum(lengths)
         pairs = sum(length * (length + 1) // 2 for length in lengths)
-        return flops(self.text, tokens, labels, pairs / max(1, tokens), checkpointing=False)
+        return flops(self.text, tokens, labels, pairs / max(1, tokens), False, self.frozen_text)
 
     def of_images(self, grids: Iterable[Sequence[int]], helpers: Iterable[Sequence[int]]) -> float:
         """FLOPs of the tower over the images that a step encodes; none where their features were kept.
@@ -96,7 +96,7 @@ class ModelFlops:
             grids: (frames, h, w) in patches of each input image; helpers: of each helper.
         """
         total = 0.0
-        for images, trained in ((grids, self.train_vision), (helpers, self.train_vision and self.train_targets)):
+        for images, trained in ((grids, self.train_vision), (helpers, self.train_helpers)):
             for grid in images:
                 total += self.tower.forward(grid) + (self.tower.backward(grid) if trained else 0)
         return total

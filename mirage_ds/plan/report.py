@@ -39,8 +39,11 @@ def headline(asked: Question) -> str:
     spec, micro, model = asked.spec, asked.micro, asked.model
     k = f", k = {spec.latent_size}" if spec.stage != "sft" else ""
     runs = f" x {spec.latent_runs} latent blocks" if spec.latent_runs > 1 else ""
+    trained = micro.encoder or model.text
+    frozen = model.text + model.vision - (0 if micro.encoder else trained)
+    own = " --feed own" if spec.feed == "own" else ""
     return (
-        f"{spec.model}: {model.text / 1e9:.2f} B trained, {model.vision / 1e9:.2f} B frozen; {spec.stage}{k}{runs}; "
+        f"{spec.model}: {trained / 1e9:.2f} B trained, {frozen / 1e9:.2f} B frozen; {spec.stage}{own}{k}{runs}; "
         f"{spec.nodes} x {spec.gpus_per_node} {spec.gpu} of {asked.machine.memory / GB:.0f} GB; "
         f"{micro.tokens:,} tokens ({micro.rows} rows) a GPU and micro-step, {spec.micro_steps} micro-step(s)"
     )
@@ -175,8 +178,8 @@ def as_json(asked: Question, plans: Sequence[Plan], advice: Sequence[str]) -> st
         {
             "question": asked.spec.model_dump(mode="json"),
             "model": {
-                "trained": asked.model.text,
-                "frozen": asked.model.vision,
+                "trained": asked.micro.encoder or asked.model.text,
+                "frozen": asked.model.vision + (asked.model.text if asked.micro.encoder else 0),
                 "layers": asked.model.layers,
                 "passes": len(asked.micro.passes),
                 "ranks": asked.ranks,

@@ -112,6 +112,11 @@ def trained_parameters(model: Shape, train_vision: bool = False) -> list[list[in
     return [[math.prod(shape) for shape in shapes if (len(shape) > 1) is matrices] for matrices in (True, False)]
 
 
+def encoder_parameters(model: Sizes, k: int) -> list[list[int]]:
+    """List what --stage scaffold trains as trained_parameters does: queries and three matrices, and a norm."""
+    return [[k * model.hidden, *[model.hidden**2] * 3], [model.hidden]]
+
+
 def read_shape(model: str) -> Shape:
     """Find a model and count its parameters.
 

@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from mirage_ds.config.run import Stage
+from mirage_ds.config.run import Feed, Stage
 
 
 class PlanSpec(BaseModel):
@@ -25,6 +25,7 @@ class PlanSpec(BaseModel):
     # what is trained
     model: str = Field(description="Folder, config.json, public shape (qwen2.5-vl-3b, -7b, -32b, -72b) or its hub id.")
     stage: Stage = Field(description="As for a run; rl with latents that are made anew (through).")
+    feed: Feed = Field("targets", description="stage1: own makes latents in passes, as stage2.")
     latent_size: PositiveInt = Field(4, description="k, latents a block.")
     latent_runs: PositiveInt = Field(1, description="Latent blocks of a row, at most.")
     deepspeed: Path | None = Field(None, description="Plan this JSON alone. [default: all that ship]")
@@ -76,10 +77,12 @@ class PlanSpec(BaseModel):
     @property
     def recurrent(self) -> bool:
         """Whether latents are made in passes."""
-        return self.stage in ("stage2", "rl")
+        return self.stage in ("stage2", "rl") or self.feed == "own"
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
+        if self.feed == "own" and self.stage != "stage1":
+            raise ValueError(f"--feed own is for --stage stage1, this plan is of {self.stage}: leave it out")
         if self.row_tokens > self.micro_batch_tokens:
             raise ValueError(
                 f"--row_tokens {self.row_tokens} is above --micro_batch_tokens {self.micro_batch_tokens}: a row must "

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from mirage_ds.config.columns import Columns
 from mirage_ds.config.extras import need_for
-from mirage_ds.config.run import RunConfig, Stage
+from mirage_ds.config.run import HELPED, RunConfig, Stage
 from mirage_ds.data.folders import find_files
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record import RecordError, make_record
@@ -16,7 +16,7 @@ from mirage_ds.data.sources import no_record
 from mirage_ds.engine.ds_config import read_json
 from mirage_ds.errors import UserError
 from mirage_ds.files import check_log
-from mirage_ds.model.folder import resolve_folder
+from mirage_ds.model.folder import read_targets, resolve_folder
 from mirage_ds.rl.rewards import read_rewards
 from mirage_ds.run import folder as run_folder
 
@@ -30,6 +30,8 @@ def check_beforehand(config: RunConfig, ranks: int) -> None:
     check_rows(config, ranks)
     check_outputs(config)
     need_for(config)
+    if config.latent_targets:
+        read_targets(config.latent_targets)
     if config.stage == "rl":
         read_rewards(config.reward, config.reward_weights)
     for source in (config.records, config.eval_data_path):
@@ -64,7 +66,8 @@ def check_outputs(config: RunConfig) -> None:
     Raises:
         UserError: names the flag.
     """
-    sources = [Path(one) for one in (config.model, config.load_model_path) if one is not None]
+    given = (config.model, config.load_model_path, config.latent_targets)
+    sources = [Path(one) for one in given if one is not None]
     run_folder.check(config.save_model_path, config.overwrite, config.resume == "auto", sources)
     if config.log_file:
         check_log(config.log_file, "--log_file")
@@ -86,7 +89,7 @@ def first_look(source: Path, columns: Columns, image_root: Path | None, stage: S
     """Find a source's files and read its first record and this one's images, as training does.
 
     Args:
-        stage: only stage1 needs a helper; None where it is not known: helpers that are named are looked for.
+        stage: stage1 and scaffold need a helper; None where it is not known: helpers that are named are looked for.
 
     Raises:
         UserError: in training's words.
@@ -103,9 +106,9 @@ def first_look(source: Path, columns: Columns, image_root: Path | None, stage: S
         finder = ImageFinder(tuple(folders))
         try:
             record = make_record(first.row, first.line, True, Path(pictures), columns)
-            if stage == "stage1":
-                record.need_helper()
-            named = record.images(helpers=stage in (None, "stage1"))
+            if stage in HELPED:
+                record.need_helper(stage)
+            named = record.images(helpers=stage is None or stage in HELPED)
             for name, path in named:
                 finder.size(record, name, path)
         except RecordError as error:

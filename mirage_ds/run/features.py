@@ -38,6 +38,7 @@ from mirage_ds.engine.setup import World, everyone, from_rank_zero
 from mirage_ds.errors import Stopped, UserError, reason
 from mirage_ds.model.images import embedded
 from mirage_ds.model.latents import averages
+from mirage_ds.model.targets import Targets
 from mirage_ds.model.vision import FrozenTower
 
 if TYPE_CHECKING:
@@ -61,11 +62,21 @@ class Images:
 
     Args:
         images: all images of the field, with the sizes that they were measured with; each is known by its place there.
-        dtype: of the pixels, the tower's: what it would be turned into there.
+        tower: what encodes them; pixels arrive in its dtype.
+        targets: what makes helpers' targets, where they are learned.
     """
 
-    def __init__(self, index: Index, encoder: Encoder, name: str, images: ImageKeys, dtype: torch.dtype):
-        self.index, self.encoder, self.name, self.images, self.dtype = index, encoder, name, images, dtype
+    def __init__(
+        self,
+        index: Index,
+        encoder: Encoder,
+        name: str,
+        images: ImageKeys,
+        tower: FrozenTower,
+        targets: Targets | None = None,
+    ):
+        self.index, self.encoder, self.name, self.images = index, encoder, name, images
+        self.dtype, self.width, self.targets = tower.tower.dtype, tower.input_width, targets
         self.encoders = beside_each(encoder, index.files, index.pictures)
         self.merged = encoder.images.merge_size**2
 
@@ -74,14 +85,16 @@ class Images:
         patches = np.asarray(self.images.sizes[places], dtype=np.int64) * self.merged
         return (patches * self.encoder.patch_width * self.dtype.itemsize).tolist()
 
-    def kept_of(self, features: torch.Tensor, grid: Sequence[int], width: int) -> torch.Tensor:
-        """Return what is kept of one image's features (F, W): these themselves, of a helper its targets (k, H)."""
-        if self.name == "image_input":
+    def kept_of(self, features: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
+        """Return what is kept of one image's features (F, W): these, of stage1's helper targets (k, H)."""
+        if self.name == "image_input" or not self.encoder.pools:
             return features
+        if self.targets is not None:
+            return self.targets.of(features, torch.tensor(grid))
         groups = torch.from_numpy(self.encoder.groups_of((grid[0], grid[1], grid[2]))).to(features.device)
         source = (groups != DROPPED).nonzero()[:, 0]
         # As the forward does it with features that are not kept, to the bit where index_add keeps an order.
-        return averages(embedded(features, width), source, groups[source], torch.bincount(groups[source]))
+        return averages(embedded(features, self.width), source, groups[source], torch.bincount(groups[source]))
 
     def __getitem__(self, place: int) -> tuple[torch.Tensor, torch.Tensor] | Fault:
         """Return an image's pixels (P, 1176) and grid (1, 3), or its Fault."""
@@ -105,14 +118,21 @@ class Images:
 
 
 def _kept(
-    folder: Path, tower: FrozenTower, fingerprint: str, encoder: Encoder, name: str, images: ImageKeys
+    folder: Path,
+    tower: FrozenTower,
+    fingerprint: str,
+    encoder: Encoder,
+    name: str,
+    images: ImageKeys,
+    targets: Targets | None = None,
 ) -> KeptFeatures:
-    """Say what is kept of a field's images: features of input images, targets of helpers."""
+    """Say what is kept of a field's images: features, of stage1's helpers targets."""
     processor = settings_of(encoder.images if name == "image_input" else encoder.helpers)
     space: dict[str, Any] = {"tower": fingerprint, "processor": processor, "reading": READING}
     width = tower.width
-    if name == "image_output":
-        space["targets"] = [encoder.latent_size, encoder.compress]
+    if name == "image_output" and encoder.pools:
+        learned = targets and targets.digest
+        space["targets"] = ["learned", learned] if learned else [encoder.latent_size, encoder.compress]
         width = tower.input_width
         images = images._replace(sizes=np.full(len(images.sizes), encoder.latent_size))
     return KeptFeatures(images, FeatureStore(folder, space, width, tower.tower.dtype))
@@ -189,7 +209,7 @@ def _make(
             pixels, grids = map(torch.cat, zip(*whole.values(), strict=True))
             features = tower.features(pixels, grids).split((grids.prod(-1) // images.merged).tolist())
             for place, grid, own in zip(whole, grids.tolist(), features, strict=True):
-                writer.add(kept.images.keys[place], images.kept_of(own, grid, tower.input_width))
+                writer.add(kept.images.keys[place], images.kept_of(own, grid))
         if run.asked():
             break
     writer.flush()
@@ -211,13 +231,20 @@ def _rows_with(kept: KeptFeatures, broken: list[tuple[int, Fault]], rows: np.nda
 
 
 def keep_features(
-    run: Run, tower: FrozenTower, encoder: Encoder, selection: Selection, rows: np.ndarray, data_path: Records
+    run: Run,
+    tower: FrozenTower,
+    encoder: Encoder,
+    selection: Selection,
+    rows: np.ndarray,
+    data_path: Records,
+    targets: Targets | None = None,
 ) -> tuple[dict[str, KeptFeatures], dict[int, Fault]]:
     """Make and keep those features of the rows' images that are not kept yet. All ranks call it.
 
     Args:
         selection: its index has the images whose features are kept.
         rows: the rows whose images are needed, (n,).
+        targets: what makes helpers' targets, where they are learned.
 
     Returns:
         Field name → its features; with --skip_bad_records, each row that has a broken image → the fault, the same on
@@ -232,16 +259,17 @@ def keep_features(
     lost: dict[int, Fault] = {}
     fingerprint = from_rank_zero(tower.fingerprint, world) if selection.rows.images else ""
     for name, keys in selection.rows.images.items():
-        kept = _kept(folder, tower, fingerprint, encoder, name, keys)
+        kept = _kept(folder, tower, fingerprint, encoder, name, keys, targets)
         with _said(folder):
             _open(kept, from_rank_zero(kept.store.listed, world), world)
         needed = kept.needs(rows)
         missing = needed[kept.store.missing(keys.keys[needed])]
         if len(missing):
             from_rank_zero(partial(_check_room, kept, missing, folder), world)
-            images = Images(selection.rows, encoder, name, keys, tower.tower.dtype)
+            used = targets.tower if targets is not None and name == "image_output" else tower
+            images = Images(selection.rows, encoder, name, keys, used, targets)
             with _said(folder):
-                written, own_broken = _make(run, tower, kept, images, missing[world.rank :: world.size])
+                written, own_broken = _make(run, used, kept, images, missing[world.rank :: world.size])
             broken = everyone(own_broken, world)
             if broken and not run.config.skip_bad_records:
                 faults = sorted((fault for _, fault in broken), key=by_place)

@@ -21,7 +21,7 @@ import yaml
 from mirage_ds.config.run import RunConfig, Stage
 from mirage_ds.engine.versions import versions
 from mirage_ds.errors import UserError
-from mirage_ds.files import TRAINED_KEY, check_output, delete_model, is_model_file, write_atomically
+from mirage_ds.files import TARGETS_NOTE, TRAINED_KEY, check_output, delete_model, is_model_file, write_atomically
 from mirage_ds.run.events import FILE, MODEL_BEGINS
 
 # What a run writes into run/ at once: a folder of that name that has none of them is somebody else's.
@@ -65,7 +65,8 @@ def check(folder: Path, overwrite: bool, resume: bool = False, sources: Sequence
                 f"--save_model_path {folder}: --overwrite would delete {source}, which the run starts from; give "
                 "another folder"
             )
-    if resume and (folder / "config.json").exists() and not (folder / "run" / "checkpoints" / "latest").exists():
+    done = any((folder / name).exists() for name in ("config.json", TARGETS_NOTE))
+    if resume and done and not (folder / "run" / "checkpoints" / "latest").exists():
         raise UserError(
             f"--resume auto: {folder} holds a finished model and no checkpoint to continue from; give another "
             "--save_model_path, or --overwrite to train it again"

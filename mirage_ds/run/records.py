@@ -39,6 +39,7 @@ from mirage_ds.evaluate.scoring import NOTHING, check_metric, marks, spread, tas
 from mirage_ds.model.folder import resolve_folder
 from mirage_ds.model.load import check_vocabulary, read_config
 from mirage_ds.model.loss import StepCounts
+from mirage_ds.model.targets import Targets
 from mirage_ds.model.vision import FrozenTower
 from mirage_ds.rl.judge import JudgeSpec
 from mirage_ds.rl.rewards import Rewards
@@ -205,13 +206,20 @@ def _make_index(run: Run, maker: Maker, plan: Plan) -> None:
 
 
 def keep(
-    run: Run, encoder: Encoder, tower: FrozenTower | None, data_path: Records, index: Selection, whole: bool
+    run: Run,
+    encoder: Encoder,
+    tower: FrozenTower | None,
+    data_path: Records,
+    index: Selection,
+    whole: bool,
+    targets: Targets | None = None,
 ) -> tuple[Selection, dict[str, KeptFeatures]]:
     """Keep the features of the images of indexed records. All ranks call it.
 
     Args:
         tower: None where it is trained.
         whole: every row is used, not only those that the run's steps reach.
+        targets: what makes the helpers' targets, where they are learned.
 
     Returns:
         The rows that are left, and the features by field.
@@ -230,7 +238,7 @@ def keep(
         rows = index.row_ids
     else:
         rows = np.asarray(make_planner(config, index, run.world).reached(steps))
-    features, broken = keep_features(run, tower, encoder, index, rows, data_path)
+    features, broken = keep_features(run, tower, encoder, index, rows, data_path, targets)
     return without(index, broken, data_path, config.max_bad_share), features
 
 

@@ -95,7 +95,8 @@ class Saver:
                 f"{self.last or 'none, since --save_every was not given'}",
                 everywhere=False,
             ) from None
-        self.run.journal.tell(events.MODEL_ENDS, step, f"model saved to {folder}")
+        what = "learned targets" if self.run.config.stage == "scaffold" else "model"
+        self.run.journal.tell(events.MODEL_ENDS, step, f"{what} saved to {folder}")
 
 
 class Best:

@@ -24,6 +24,8 @@ from mirage_ds.model.kernels import check_device
 from mirage_ds.model.load import check_folder, read_config, shape_of
 from mirage_ds.model.lora import Lora, find_targets, trained_shapes
 from mirage_ds.model.shape import Shape
+from mirage_ds.model.target_encoder import TargetEncoder, size_of
+from mirage_ds.model.targets import check_targets
 from mirage_ds.plan.settings import two_layers
 from mirage_ds.plan.shape import sizes, trained_parameters
 from mirage_ds.run.beforehand import check_outputs, check_rows
@@ -91,7 +93,7 @@ def check_settings(run: Run) -> Checked:
     from_rank_zero(partial(need_for, config), world)
     check_rows(config, world.size)
     from_rank_zero(partial(check_outputs, config), world)
-    json_path = config.deepspeed or ds.default_path(config.stage)
+    json_path = config.deepspeed or ds.default_path("stage2" if config.recurrent else config.stage)
     ds_values = read_ds_values(config, json_path, world)
     folders = from_rank_zero(partial(model_folders, config, partial(run.journal.phase, "records")), world)
     with shared_fate(world):
@@ -101,6 +103,9 @@ def check_settings(run: Run) -> Checked:
     model_config = read_config(folders[0])
     shape = shape_of(model_config, f"{folders[0]}/config.json")
     ds.fill_limits(ds_values, two_layers(sizes(shape)))
+    if config.latent_targets:
+        with shared_fate(world):
+            check_targets(config.latent_targets, model_config, config.latent_size)
     encoder = make_encoder(config, folders)
     policy = find_policy(config, read_trained(model_config), folders[0]) if config.stage == "rl" else None
     lora = from_rank_zero(lambda: make_lora(config, shape, encoder), world)
@@ -108,7 +113,10 @@ def check_settings(run: Run) -> Checked:
     head_width = head_width_of(model_config.get_text_config())
     choose_backend(config.attention, world.device, checked.products, head_width)
     check_device(config.kernels, world.device)
-    check_offload(ds_values, json_path, trained_elements(shape, config.train_vision, lora), world)
+    elements = trained_elements(shape, config.trains_tower, lora)
+    if config.stage == "scaffold":
+        elements = encoder_elements(model_config, shape, config)
+    check_offload(ds_values, json_path, elements, world)
     if config.deepspeed:
         # The shipped ones are known to start.
         try_engine(ds_values, json_path)
@@ -164,6 +172,13 @@ def make_lora(config: RunConfig, model: Shape, encoder: Encoder) -> Lora | None:
     targets = find_targets(model.shapes, config.lora_targets)
     tokens = tuple(encoder.id_of(token) for token in LATENT_TOKENS)
     return Lora(config.lora_rank, config.lora_alpha or 2 * config.lora_rank, targets, tokens, config.seed)
+
+
+def encoder_elements(model_config: Any, model: Shape, config: RunConfig) -> list[int]:
+    """List the elements of each parameter that --stage scaffold trains."""
+    with torch.device("meta"):
+        own = [one.numel() for one in TargetEncoder(size_of(model_config, config.latent_size)).parameters()]
+    return own + (model.elements("visual.") if config.train_vision else [])
 
 
 def trained_elements(model: Shape, train_vision: bool, lora: Lora | None) -> list[int]:

@@ -15,28 +15,26 @@ import torch
 
 from mirage_ds.config.columns import parse_columns
 from mirage_ds.config.mixture import Mixture, Records
-from mirage_ds.config.rl import rl_noted
 from mirage_ds.config.run import RunConfig
+from mirage_ds.data.batch import Batch
 from mirage_ds.data.folders import unread_lines
 from mirage_ds.data.loader import Loader
 from mirage_ds.data.record import Fault
 from mirage_ds.data.record_files import told
-from mirage_ds.data.selection import WARN_DROPPED_SHARE, Selection, content, describe
+from mirage_ds.data.selection import WARN_DROPPED_SHARE, Selection, describe
 from mirage_ds.engine import ds_config as ds
-from mirage_ds.engine.adapter import note_of
 from mirage_ds.engine.card import model_card
 from mirage_ds.engine.checkpoint import Found, find_checkpoint, load_checkpoint
-from mirage_ds.engine.frozen import check_same, notes_of_engine, notes_of_tower
-from mirage_ds.engine.manifest import entry_of
+from mirage_ds.engine.frozen import check_same, notes_of_engine
 from mirage_ds.engine.private import set_collective_timeout
 from mirage_ds.engine.save import Parts, save_model, trained_of
-from mirage_ds.engine.setup import World, from_rank_zero, make_engine, make_reference
+from mirage_ds.engine.setup import World, from_rank_zero, make_engine, make_reference, shared_fate
 from mirage_ds.engine.spelling import Base, read_base
 from mirage_ds.engine.universal import use_universal
 from mirage_ds.files import TRAINED_KEY, write_atomically
-from mirage_ds.model.folder import weight_files
 from mirage_ds.model.layers import DecoderLayers
-from mirage_ds.model.load import Loaded, load_model, load_tower, read_config
+from mirage_ds.model.load import Loaded, Scaffold, load_model, load_tower, read_config
+from mirage_ds.model.targets import Targets, load_targets, whole_tensors, write_encoder
 from mirage_ds.model.vision import FrozenTower
 from mirage_ds.plan.mfu import ModelFlops, peak_flops
 from mirage_ds.rl.rewards import Rewards
@@ -54,22 +52,17 @@ from mirage_ds.run.records import (
     run_steps,
     skipped_lines,
     sources_of,
-    usable_rows,
 )
 from mirage_ds.run.settings import Checked, Run
 from mirage_ds.run.sinks import open_sinks
+from mirage_ds.run.state import state_of
 
 # In the run folder, the records that --skip_bad_records leaves out.
 SKIPPED_FILE = "skipped.jsonl"
 # Steps between two lines on the console, as TRL's default has it, and of a run that shows each of its steps.
 LOG_EVERY, SHORT_RUN = 10, 100
 # Settings that load_model takes by the same names.
-FORWARD = {"stage", "attention", "train_vision", "reduction", "latent_loss", "detach_latents", "train_targets"}
-
-# Settings in a checkpoint's state (state_of): under their own names, and two lists that are compared as a whole.
-NOTED = {"stage", "latent_size", "seed", "train_vision", "reduction"}
-LATENTS = ("slots", "compress_strategy", "latent_loss", "detach_latents", "train_targets")
-OPTIMIZER = ("learning_rate", "lr_scheduler", "warmup_steps", "adam_beta1", "adam_beta2", "adam_eps", "weight_decay")
+FORWARD = {"stage", "attention", "train_vision", "reduction", "latent_loss", "detach_latents", "train_targets", "feed"}
 
 
 @dataclass(frozen=True)
@@ -83,6 +76,7 @@ class Data:
         evaluation: the evaluation records, if any.
         skipped: (file, fault) of each record that is left out.
         tower: the frozen tower, or None where it is trained.
+        targets: learned ones of stage1.
         rewards: in rl, on rank 0, what scores answers; its processes run.
     """
 
@@ -92,6 +86,7 @@ class Data:
     evaluation: Evaluation | None
     skipped: list[tuple[Records, Fault]]
     tower: FrozenTower | None
+    targets: Targets | None = None
     rewards: Rewards | None = None
 
 
@@ -100,7 +95,7 @@ class Learner(NamedTuple):
 
     Attributes:
         engine: the DeepSpeed engine around the MirageModel.
-        tower: the frozen tower, or None where it is trained.
+        tower: the frozen tower, or None where it is trained; targets: learned ones of stage1.
         checkpoint: the one that the engine continues from, if any; resumed: the state saved with it.
         state: what a checkpoint of this run says of itself (state_of), and the notes of what stays as it was.
         parts: what the model folder holds besides weights.
@@ -118,11 +113,18 @@ class Learner(NamedTuple):
     flops: ModelFlops
     peak: float | None
     reference: Any = None
+    targets: Targets | None = None
 
     @property
     def start(self) -> int:
         """Optimizer steps that were taken before."""
         return int(self.resumed.get("step", 0))
+
+    def attach(self, batch: Batch) -> Batch:
+        """Give a batch the features, or learned targets, of those images that came as pixels and are not trained on."""
+        if self.targets is not None:
+            batch = self.targets.attach(batch)
+        return batch if self.tower is None else self.tower.attach(batch, not self.engine.module.encodes_helpers)
 
     def save(self, world: World, folder: Path, step: int, scores: Mapping[str, float]) -> None:
         """Write the model into a folder. All ranks call it; rank 0 raises, once all have done their part.
@@ -135,6 +137,11 @@ class Learner(NamedTuple):
         """
         # After an evaluation some may be on their way, prefetched for a backward; they could not be gathered anew.
         self.engine.empty_partition_cache()
+        if (encoder := self.engine.module.target_encoder) is not None:
+            tensors = whole_tensors(encoder, keep=world.rank == 0)
+            if world.rank == 0:
+                write_encoder(tensors, folder, {**self.state["scaffold"], "step": step, "scores": dict(scores)})
+            return
         tower = self.tower.tower if self.tower else None
         parts = self.parts._replace(card=model_card({**self.state, "step": step}, scores))
         save_model(self.engine.module, tower, folder, world.rank, parts)
@@ -152,18 +159,23 @@ def open_data(run: Run, checked: Checked) -> Data:
         from_rank_zero(partial(check_scores, config, config.eval_data_path, indices[-1]), world)
     rewards = open_rewards(run, indices[0]) if config.stage == "rl" else None
     journal.phase("vision tower")
-    folder, tower = checked.folders[0], None
-    if not config.train_vision:
+    folder, tower, targets = checked.folders[0], None, None
+    if not config.trains_tower:
         tower = load_tower(folder, read_config(folder), checked.dtype, world.device, config.attention)
+    if config.latent_targets and tower is not None:
+        with shared_fate(world):
+            targets = load_targets(config.latent_targets, read_config(folder), config.latent_size, tower)
     journal.phase("features")
     kept = [
-        keep(run, own, tower, file, index, index is not indices[0])
+        keep(run, own, tower, file, index, index is not indices[0], targets)
         for file, own, index in zip(files, encoders, indices, strict=True)
     ]
     indices = [index for index, _ in kept]
     if tower is not None and "image_input" in config.kept_fields:
         # No step calls it any more; it is kept for the model folder that is saved at the end.
         tower.to_cpu()
+        if targets is not None:
+            targets.tower.to_cpu()
     loader, *others = [make_loader(run, own, *one) for own, one in zip(encoders, kept, strict=True)]
     return Data(
         index=indices[0],
@@ -172,6 +184,7 @@ def open_data(run: Run, checked: Checked) -> Data:
         evaluation=make_evaluation(others[0], indices[1], config.latent_size) if others else None,
         skipped=[(file, fault) for file, index in zip(files, indices, strict=True) for fault in index.skipped],
         tower=tower,
+        targets=targets,
         rewards=rewards,
     )
 
@@ -197,41 +210,6 @@ def claim_folder(run: Run, checked: Checked, data: Data) -> tuple[dict[str, Any]
     return state, checkpoint
 
 
-def state_of(run: Run, checked: Checked, data: Data) -> dict[str, Any]:
-    """Say what a checkpoint of this run says of it: checkpoint.MUST_AGREE, and what training never changes."""
-    config = run.config
-    return dict(
-        **config.model_dump(include=NOTED),
-        world_size=run.world.size,
-        latents=[getattr(config, name) for name in LATENTS],
-        data=content(data.index.rows.source, config.records, parse_columns(config.columns)),
-        rows=usable_rows(data.index),
-        rows_per_step=config.rows_per_step,
-        lora=note_of(checked.lora),
-        ce_weight=config.gamma,
-        optimizer=[getattr(config, name) for name in OPTIMIZER],
-        zero_stage=ds.zero_stage(checked.ds_values),
-        tower=notes_of_tower(data.tower.tower if data.tower else None, run.world),
-        # For `mirage-ds export`: where the rest of a model folder comes from.
-        sources=[str(folder.resolve()) for folder in checked.folders],
-        dtype=ds.compute_dtype(checked.ds_values),
-        pixels=[config.min_pixels, config.max_pixels],
-        **(rl_state(run, checked) if checked.policy else {}),
-    )
-
-
-def rl_state(run: Run, checked: Checked) -> dict[str, Any]:
-    """Say what decides a run of rl besides: settings, what scores, and with a KL the start that it leads back to."""
-    config, start = run.config, checked.folders[0]
-    noted: dict[str, Any] = dict(latent_policy=checked.policy, rl=rl_noted(config), task=config.task)
-    if config.beta:
-        # By content: a folder may be moved, or be written over.
-        noted["reference"] = from_rank_zero(
-            lambda: [entry_of(start, file).sha256 for file in weight_files(start)], run.world
-        )
-    return noted
-
-
 # ------------------------------------------------------------------------------------------- the model and the engine
 
 
@@ -251,12 +229,11 @@ def open_model(run: Run, checked: Checked, data: Data) -> Loaded:
         lora=checked.lora,
         kernels=config.kernels,
         latent_heads=checked.policy == "gaussian",
+        scaffold=Scaffold(config.latent_size, config.seed) if config.stage == "scaffold" else None,
         **config.model_dump(include=FORWARD),
     )
     layers: DecoderLayers = loaded.model.layers
-    loaded.model.how.split = config.stage in ("stage2", "rl") and layers.defers_more_than_gradients(
-        config.micro_batch_tokens
-    )
+    loaded.model.how.split = config.recurrent and layers.defers_more_than_gradients(config.micro_batch_tokens)
     return loaded
 
 
@@ -288,9 +265,10 @@ def open_engine(
         resumed=resumed,
         state=state,
         parts=Parts(base, encoder.tokenizer, encoder.images, folder, trained_of(state)),
-        flops=ModelFlops(checked.shape, config.train_vision, config.train_targets),
+        flops=ModelFlops(checked.shape, config.trains_tower, config.trains_helpers, config.stage == "scaffold"),
         peak=peak_flops(config.peak_tflops, *_gpu(world.device, checked.ds_values)),
         reference=reference,
+        targets=data.targets,
     )
 
 

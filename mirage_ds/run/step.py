@@ -134,9 +134,7 @@ def forward(
     run: Run, learner: Learner, batch: Batch, counts: StepCounts
 ) -> tuple[LossSums, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Run one micro-batch forward; return its sums and its share of the step's (loss, ce, sim)."""
-    if learner.tower is not None:
-        batch = learner.tower.attach(batch)
-    sums = learner.engine(to_device(batch, run.world.device))
+    sums = learner.engine(to_device(learner.attach(batch), run.world.device))
     return sums, *objective(sums, counts, run.config.gamma, run.config.reduction)
 
 

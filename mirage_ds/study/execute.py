@@ -161,6 +161,7 @@ def command(node: Node, store: Store, place: Place) -> list[str]:
     if node.kind == "controls":
         flags |= {name: getattr(node.config, name) for name in ("helper_min_pixels", "helper_max_pixels")}
         flags |= {"latents": asked.controls, "most": asked.controls_most or asked.most}
+        flags |= {"latent_targets": node.targets and store.model(node.targets)}
     words = ["mirage_ds", node.kind, str(store.model(node.parent))]
     for name, value in flags.items():
         words += [f"--{name}", str(value)] if value is not None else []
@@ -305,7 +306,7 @@ class Runner:
         busy = {one.node.key for one in self.working}
         for key in self.keys:
             node = self.study.nodes[key]
-            can_start = node.parent is None or self.store.is_done(node.parent)
+            can_start = all(map(self.store.is_done, node.needs))
             if key not in busy and can_start and self.store.state(node) == "waiting":
                 return node
         return None

@@ -40,14 +40,14 @@ MACHINE = OTHERWISE | frozenset(
     feature_dir peak_tflops check_images start_timeout collective_timeout micro_batch_tokens micro_batch_size
     micro_batch_patches allow_idle_ranks attention kernels gradient_checkpointing loss_chunk_mb save_every
     keep_checkpoints async_save log_every profile_steps max_skipped_steps max_dropped_share max_bad_share confine_paths
-    eval_pictures
+    eval_pictures latent_targets
     model data_path eval_data_path image_root deepspeed
     gradient_accumulation_steps global_batch_size""".split()  # noqa: SIM905
 )
 # Without a meaning in a stage: what its model is does not depend on them.
 IDLE = {
     "sft": ["compress_strategy", "latent_loss", "helper_min_pixels", "helper_max_pixels", "detach_latents"],
-    "stage1": ["detach_latents"],
+    "scaffold": ["compress_strategy", "latent_loss", "detach_latents"],
     # How helpers become targets stays: the controls of its model feed them.
     "stage2": ["latent_loss"],
     "rl": ["latent_loss", "detach_latents", "reduction", "ce_weight"],
@@ -63,9 +63,10 @@ class Node:
     """One thing to run.
 
     Attributes:
-        name: of the stage or evaluation; parent: the node whose model it needs.
-        config: of the training stage, or of the one whose model is evaluated; its save_model_path and load_model_path
-            are the node's business (store.Store).
+        name: of the stage or evaluation; parent: the node whose model it needs;
+            targets: the scaffold node whose learned targets it needs.
+        config: of the training stage, or of the one whose model is evaluated; its save_model_path, load_model_path and
+            latent_targets are the node's business (store.Store).
         evaluation: of the others.
         material: what the key is a hash of, for people who want to know why two nodes differ.
     """
@@ -76,6 +77,12 @@ class Node:
     config: RunConfig
     evaluation: EvaluationSpec | None
     material: Mapping[str, Any]
+    targets: Node | None = None
+
+    @property
+    def needs(self) -> list[Node]:
+        """The nodes that are done before it."""
+        return list(filter(None, (self.parent, self.targets)))
 
     @cached_property
     def key(self) -> str:
@@ -232,6 +239,7 @@ def make_config(settings: Settings, where: str, here: Path) -> RunConfig:
         values["model"] = str(here / str(values["model"]))
     stage, slots = str(values.get("stage")), values.get("slots")
     idle = list(IDLE.get(stage, [])) + (list(RL_ONLY) if stage != "rl" else [])
+    idle += ["feed"] if stage != "stage1" else [] if values.get("feed") == "own" else ["detach_latents"]
     if stage == "sft" and slots != "pause":
         idle.append("latent_size")
     if slots == "latents":
@@ -245,16 +253,19 @@ def make_config(settings: Settings, where: str, here: Path) -> RunConfig:
         raise UserError(f"{where}: {first_fault(error, 'settings')}") from None
 
 
-def _train_node(config: RunConfig, name: str, parent: Node | None, here: Path, on_cpu: bool = False) -> Node:
+def _train_node(
+    config: RunConfig, name: str, parent: Node | None, targets: Node | None, here: Path, on_cpu: bool = False
+) -> Node:
     whole = json.loads(config.model_dump_json())
     material = {
         "kind": "train",
         "settings": {
             key: value
             for key, value in sorted(whole.items())
-            # Adapters, columns and rl came later: where there are none, a run is the one it was.
+            # Adapters, columns, rl and feed came later: where there are none, a run is the one it was.
             if key not in MACHINE and (value or not key.startswith(("lora_", "columns")))
             if config.stage == "rl" or key not in RL_ONLY
+            if (key, value) != ("feed", "targets")
         },
         "rows_per_step": config.rows_per_step,
         "data": records_hash(config.records),
@@ -264,12 +275,13 @@ def _train_node(config: RunConfig, name: str, parent: Node | None, here: Path, o
         "model": model_hash(str(config.model)) if parent is None else None,
         "deepspeed": read_json(config.deepspeed) if config.deepspeed else None,
         "parent": parent and parent.key,
+        **({"targets": targets.key} if targets else {}),
         **({"rewards": _own_rewards(config, name)} if config.stage == "rl" else {}),
         # On a CPU a recipe computes in float32. The study's file alone counts: whoever plans, looks at or reports runs
         # of GPUs may have none.
         **({"device": "cpu"} if on_cpu else {}),
     }
-    return Node("train", name, parent, config, None, material)
+    return Node("train", name, parent, config, None, material, targets)
 
 
 def _own_rewards(config: RunConfig, where: str) -> dict[str, Any]:
@@ -326,21 +338,37 @@ def _evaluations(spec: StudySpec, arm: str, last: Node, here: Path) -> Iterator[
                 "helper_pixels": [config.helper_min_pixels, config.helper_max_pixels],
                 "most": evaluation.controls_most or evaluation.most,
             }
-            yield f"{CONTROLS} {name}", Node("controls", name, last, config, evaluation, material)
+            # What the oracle feeds.
+            targets = _targets_of(last) if "oracle" in material["conditions"] else None
+            material |= {"targets": targets.key} if targets else {}
+            yield f"{CONTROLS} {name}", Node("controls", name, last, config, evaluation, material, targets)
+
+
+def _targets_of(model: Node) -> Node | None:
+    """Return the scaffold node whose targets a model, or the one that it was trained from, has learnt."""
+    return model.targets or (_targets_of(model.parent) if model.parent else None)
 
 
 def _chain(spec: StudySpec, name: str, arm: Arm, varied: Settings, seed: Settings, here: Path) -> list[Node]:
     """Make the training stages of an arm under a seed."""
     chain: list[Node] = []
+    # The last that trains a model, and learned targets that wait for a stage1.
+    model: Node | None = None
+    targets: Node | None = None
     on_cpu = spec.launch.environment.get("DS_ACCELERATOR") == "cpu"
     for stage in arm.chain:
-        where, parent = f"arm {name}, stage {stage}", chain[-1] if chain else None
+        where, parent = f"arm {name}, stage {stage}", model
         settings = settings_of(spec, stage, arm, varied, seed)
         if settings.get("stage") in ("stage2", "rl") and parent is not None and parent.config.stage != "sft":
             # Targets are those of the stage before, unless this one says otherwise.
             settings = {field: getattr(parent.config, field) for field in TARGETS} | settings
+        if targets is not None and settings.get("stage") == "stage1":
+            settings["latent_targets"] = "targets"
         config = make_config(settings, where, here)
-        chain.append(_train_node(config, stage, parent, here, on_cpu))
+        node = _train_node(config, stage, parent, targets, here, on_cpu)
+        # scaffold trains no model: what follows starts from what it started from.
+        model, targets = (parent, node) if config.stage == "scaffold" else (node, None)
+        chain.append(node)
     return chain
 
 

@@ -40,7 +40,7 @@ from mirage_ds.study.store import Store
 TAIL_BYTES = 1 << 14
 # What the planner is told of a run's settings.
 PLANNED = {"model", "stage", "latent_size", "micro_batch_tokens", "gradient_checkpointing", "deepspeed"}
-PLANNED |= {"loss_chunk_mb"}
+PLANNED |= {"loss_chunk_mb", "feed"}
 STATES = ("done", "running", "waiting", "failed", "blocked")
 
 
@@ -121,7 +121,7 @@ def overview(study: Study, store: Store, machine: Mapping[str, Any] | None = Non
     lines: dict[str, Line] = {}
     for key, node in study.nodes.items():
         state: str = store.state(node)
-        if state == "waiting" and node.parent and lines[node.parent.key].state in ("failed", "blocked"):
+        if state == "waiting" and any(lines[one.key].state in ("failed", "blocked") for one in node.needs):
             state = "blocked"
         found = estimate(node.config, machine) if machine is not None and node.kind == "train" else Estimate()
         lines[key] = Line(node, needed[key], state, found)

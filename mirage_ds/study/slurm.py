@@ -44,7 +44,7 @@ def arrays(study: Study, store: Store, wanted: Iterable[str]) -> list[Array]:
     for key in wanted:
         node = study.nodes[key]
         if store.state(node) not in ("done", "failed"):
-            depth[key] = depth.get(node.parent.key, -1) + 1 if node.parent else 0
+            depth[key] = max((depth.get(one.key, -1) + 1 for one in node.needs), default=0)
     found: list[Array] = []
     trained: dict[int, int] = {}
     place = {key: (level, study.nodes[key].kind != "train") for key, level in depth.items()}

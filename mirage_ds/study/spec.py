@@ -32,7 +32,7 @@ from mirage_ds.errors import UserError, closest, shown
 Settings = dict[str, Any]
 
 # Set by the study itself.
-RESERVED = ("save_model_path", "load_model_path", "resume", "overwrite", "log_file")
+RESERVED = ("save_model_path", "latent_targets", "load_model_path", "resume", "overwrite", "log_file")
 
 
 # A number, or settings with their `seed`, like {seed: 1, base.model: other}.
@@ -66,7 +66,10 @@ class _Strict(BaseModel):
 class Arm(_Strict):
     """One line of the report, or several where it varies something."""
 
-    chain: list[str] = Field(min_length=1, description="Stages, by name, each from the weights of the one before.")
+    chain: list[str] = Field(
+        min_length=1,
+        description="Stages, by name, each from the one before's weights; stage1 behind scaffold learns its targets.",
+    )
     about: str = Field("", description="What it is, in a line.")
     settings: Settings = Field({}, description="Settings of this arm.")
     grid: dict[str, list[Any]] = Field({}, description="Every combination of these values is an arm.")
@@ -166,6 +169,12 @@ class StudySpec(_Strict):
             if arm.seeds is not None and arm.seeds > len(self.seeds):
                 raise ValueError(f"arm {name}: {arm.seeds} seeds, the study has {len(self.seeds)}")
         self._check_settings()
+        for name, arm in self.arms.items():
+            kinds = [self.stages.get(stage, {}).get("stage") for stage in arm.chain]
+            if any(one == "scaffold" and after != "stage1" for one, after in itertools.zip_longest(kinds, kinds[1:])):
+                raise ValueError(
+                    f"arm {name}: scaffold trains no model; put a stage1 behind it, which learns its targets"
+                )
         for one in self.seeds:
             if not isinstance(one.get("seed"), int):
                 raise ValueError(f"seeds: {one} needs `seed`, the number that pairs the arms")

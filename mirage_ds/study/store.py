@@ -26,7 +26,7 @@ import yaml
 
 from mirage_ds.cluster.status.facts import json_lines
 from mirage_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR
-from mirage_ds.files import write_atomically
+from mirage_ds.files import TARGETS_NOTE, write_atomically
 from mirage_ds.run.folder import delete_checkpoints
 from mirage_ds.study.nodes import Node, Study, spell_out
 from mirage_ds.study.spec import read_study
@@ -133,6 +133,8 @@ class Store:
             values |= {"save_model_path": str(self.model(node)), "resume": "auto"}
             if node.parent is not None:
                 values["load_model_path"] = str(self.model(node.parent))
+            if node.targets is not None:
+                values["latent_targets"] = str(self.model(node.targets))
             write_atomically(place / "config.yaml", yaml.safe_dump(values, sort_keys=False))
 
     def ended(self, node: Node, begun: float, code: int, why: str) -> None:
@@ -156,7 +158,8 @@ class Store:
 
     def is_whole(self, node: Node) -> bool:
         """Tell whether a node's result is there: the last file that its command writes."""
-        return ((self.model(node) / "config.json") if node.kind == "train" else self.result(node)).is_file()
+        last = TARGETS_NOTE if node.config.stage == "scaffold" else "config.json"
+        return ((self.model(node) / last) if node.kind == "train" else self.result(node)).is_file()
 
 
 def open_study(file: Path) -> tuple[Study, Store]:

@@ -140,7 +140,7 @@ def _encode(answers: Any, nano: Path, rows: Path, max_pixels: int | None, worker
     index = selected(rows, encoder, 20_000, 0.0, ("image_input",), cache_dir=rows.parent / "cache")
     images = index.rows.images["image_input"]
     kept = keep_features._kept(rows.parent / "features", tower, "print", encoder, "image_input", images)
-    own = keep_features.Images(index.rows, encoder, "image_input", images, torch.float32)
+    own = keep_features.Images(index.rows, encoder, "image_input", images, tower)
     places = kept.needs(index.row_ids)
     config = RunConfig(model="m", save_model_path="s", stage="sft", data_path=rows, num_workers=workers)
     world = World(0, 1, 0, torch.device("cpu"), Waiting(None, 0, 1, 60.0))

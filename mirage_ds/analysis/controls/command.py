@@ -28,7 +28,7 @@ def controls(folder: Path, **flags: Any) -> None:
       random    random directions, as long as own latents
       matched   normal vectors with own latents' mean and covariance
       swap      another record's own latents
-      oracle    the helper image's features, as in stage 1
+      oracle    the helper image's features, as in stage 1; with --latent_targets learned ones
       off       nothing: there is no block
       text      the embedding of <|latent_pad|>
       path      planning maps: a helper with the record's path, then with another

@@ -25,10 +25,13 @@ from mirage_ds.config.extras import need
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.progress import track
 from mirage_ds.data.record import Record
+from mirage_ds.errors import UserError
 from mirage_ds.evaluate.decoder import Decoder, Track, answer_of, load_decoder, need_latents, run_limits
 from mirage_ds.evaluate.report import Asked, prompt_hash, read_asked
 from mirage_ds.files import check_output
+from mirage_ds.model.folder import read_targets
 from mirage_ds.model.rows import Generated
+from mirage_ds.model.targets import load_targets
 from mirage_ds.tasks import level_of
 
 
@@ -116,7 +119,10 @@ def study(
     k = fixed_slots(decoder, limits)
     records, task, digest = asked
     helpers = decoder.latent_encoder("stage1", k)
-    grounded = Bench(decoder.loaded.model, decoder.tower, helpers, limits)
+    targets = None
+    if spec.latent_targets:
+        targets = load_targets(spec.latent_targets, decoder.loaded.config, k, decoder.tower)
+    grounded = Bench(decoder.loaded.model, decoder.tower, helpers, limits, targets)
     bench = grounded if "oracle" in names else replace(grounded, encoder=replace(helpers, stage="stage2"))
     pixels: Any = helpers.images.size
     report: dict[str, Any] = {
@@ -129,6 +135,7 @@ def study(
             "decoding": "greedy",
             "max_new_tokens": limits.new_tokens,
             "seed": spec.seed,
+            **({"latent_targets": targets.digest} if targets else {}),
             "batch_size": spec.batch_size,
             "min_pixels": pixels["shortest_edge"],
             "max_pixels": pixels["longest_edge"],
@@ -150,6 +157,10 @@ def study(
 def run_controls(folder: Path, spec: ControlsSpec) -> None:
     """Run the study, print its tables, and write the files asked for."""
     names = parse_names(spec.latents)
+    if spec.latent_targets and not {"oracle", PATH} & set(names):
+        raise UserError("--latent_targets: none of --latents is fed them; add oracle to --latents, or leave it out")
+    if spec.latent_targets:
+        read_targets(spec.latent_targets)
     if PATH in names:
         need("vsp", "--latents path")
     for flag, file in (("--out", spec.out), ("--markdown", spec.markdown), ("--latent_bank", spec.latent_bank)):

@@ -35,5 +35,8 @@ class ControlsSpec(HelperSpec, ModelSpec, RecordsSpec):
         description="What is fed at the slots, compared with own; path: the latents of one path or of another.",
     )
     seed: int = Field(42, ge=0, lt=2**31, description="Of vectors, swaps, paths and resamples.")
+    latent_targets: Path | None = Field(
+        None, description="oracle and path: latents of what --stage scaffold saved here."
+    )
     latent_bank: Path | None = Field(None, description="Write own latents into this folder, for `mirage-ds serve`.")
     markdown: Path | None = Field(None, description="Write the tables to this Markdown file.")

@@ -248,10 +248,8 @@ def test_every_setting_stands_in_the_help_under_its_heading() -> None:
         assert tuple(line.split()[0].removeprefix("--") for line in part if re.match("  -", line)) == names
     text = " ".join(" ".join(lines).split())
     assert "k: latent tokens of a latent block. [default: 4]" in text
-    assert (
-        "--stage [sft|stage1|stage2|rl] sft (text), stage1 (latents from helpers), stage2 (own latents), rl. [required]"
-        in text
-    )
+    stages = "sft (text), scaffold (learned targets), stage1 (latents from helpers), stage2 (own latents), rl."
+    assert f"--stage [sft|scaffold|stage1|stage2|rl] {stages} [required]" in text
     assert "the trained model. [required to train] --stage" in text
 
 
@@ -291,6 +289,11 @@ def test_planning_modules_import_neither_torch_nor_transformers_nor_deepspeed() 
         (["--stage", "stage2", "--feature_cache", "targets"], ()),
         (["--train_vision"], ()),
         (["--train_vision", "--feature_cache", "off"], ()),
+        (["--stage", "scaffold"], ("image_input", "image_output")),
+        (["--stage", "scaffold", "--feature_cache", "targets"], ("image_output",)),
+        # Its copy of the tower encodes helpers alone.
+        (["--stage", "scaffold", "--train_vision"], ("image_input",)),
+        (["--stage", "scaffold", "--train_vision", "--feature_cache", "off"], ()),
     ],
 )
 def test_which_features_are_kept(flags: list[str], fields: tuple[str, ...], parse: Parse) -> None:
@@ -310,3 +313,41 @@ def test_where_features_are_kept(parse: Parse, monkeypatch: pytest.MonkeyPatch) 
 def test_features_of_a_trained_tower_are_not_kept(sentence: Callable[..., str]) -> None:
     said = sentence("--train_vision", "--feature_cache", "targets")
     assert said.startswith("--train_vision changes the features that --feature_cache targets would keep")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--stage sft --feed own", "--feed own is for --stage stage1, this run is sft"),
+        ("--stage stage2 --latent_targets t", "--latent_targets t is for --stage stage1, this run is stage2"),
+        ("--stage scaffold --latent_targets t", "--latent_targets t is for --stage stage1, this run is scaffold"),
+        ("--stage scaffold --lora_rank 4", "--lora_rank: --stage scaffold trains no weight of the model"),
+        (
+            "--stage scaffold --eval_data_path e --eval_every 1 --eval_decode 2",
+            "--eval_decode 2: --stage scaffold trains no model that answers",
+        ),
+        (
+            "--stage scaffold --eval_data_path e --eval_every 1 --eval_pictures 2",
+            "--eval_pictures 2: --stage scaffold trains no model that answers",
+        ),
+        ("--stage scaffold --slots auxiliary", "--slots auxiliary: --stage scaffold takes latents"),
+        ("--stage scaffold --train_targets --train_vision", "--train_targets trains the tower of stage1"),
+        ("--latent_targets t --train_vision", "--train_vision would change the tower that --latent_targets reads"),
+        ("--latent_targets t --compress_strategy grid", "--compress_strategy grid makes targets of features"),
+        ("--feed own --slots auxiliary", "--feed own: answers of --slots auxiliary see no latents"),
+        ("--feed own --train_vision --train_targets", "--train_targets trains the tower by the latents' inputs"),
+        ("--detach_latents", "--detach_latents is for --stage stage2"),
+    ],
+)
+def test_learned_targets_and_own_states_are_refused_where_they_mean_nothing(
+    flags: str, said: str, sentence: Callable[..., str]
+) -> None:
+    assert sentence(*flags.split()).startswith(said)
+
+
+def test_passes_and_recipe_of_own_states_are_those_of_stage2(parse: Parse) -> None:
+    own, usual = parse("--feed", "own"), parse()
+    assert [own.passes(runs) for runs in (0, 1, 2)] == [1, 5, 9]
+    assert (own.recurrent, usual.recurrent, usual.passes(2)) == (True, False, 1)
+    assert parse("--feed", "own", "--detach_latents").detach_latents
+    assert parse("--stage", "scaffold", "--train_vision", "--feature_cache", "all").gamma == 1.0

@@ -16,7 +16,7 @@ from mirage_ds.data.batch import collate
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder
 from mirage_ds.data.record_files import scan
-from mirage_ds.model.load import load_model, load_tower, read_config, shape_of
+from mirage_ds.model.load import Scaffold, load_model, load_tower, read_config, shape_of
 from mirage_ds.model.loss import StepCounts, objective
 from mirage_ds.model.vision import features_of
 from mirage_ds.plan.gpus import A100, H100_SXM, PEAKS
@@ -88,6 +88,31 @@ def test_a_step_costs_what_torch_counts(nano: Path, mixed: Path, stage: str, tra
     assert found == pytest.approx(ours + hidden, rel=0.01 if trained or stage == "stage2" else 1e-12)
     # More than the tolerance: attention counted twice or not at all is seen.
     assert hidden > 0.04 * ours
+
+
+def test_a_frozen_model_costs_what_torch_counts(nano: Path, mixed: Path) -> None:
+    """scaffold: no gradient of the model's weights; what its encoder costs is counted beside."""
+    encoder = load_encoder([str(nano)], ImageFinder.beside(mixed, None), "scaffold", K)
+    records = [record for record in scan(mixed)[0] if record.image_output][:4]
+    samples = [encoder.encode(record, row) for row, record in enumerate(records)]
+    loaded = load_model(
+        nano, stage="scaffold", dtype=torch.float32, device=torch.device("cpu"), attention="sdpa", checkpointing=False,
+        loss_chunk_bytes=1 << 28, scaffold=Scaffold(K, 0),
+    )  # fmt: skip
+    batch = loaded.tower.attach(collate(samples, 1, encoder.dummy(0)))
+    labels = int(batch.label_count.sum())
+    counts = StepCounts(len(samples), labels, K * len(samples))
+
+    def run() -> None:
+        objective(loaded.model(batch), counts, 1.0, "sample")[0].backward()
+
+    found = counted(run)
+    given = batch.helper_features, batch.helper_grid_thw
+    found -= counted(lambda: loaded.model.target_encoder(*given).sum().backward())
+    flops = ModelFlops(read_shape(str(nano)), False, False, frozen_text=True)
+    lengths = [len(sample.input_ids) for sample in samples]
+    hidden = 3 * 4 * flops.text.width * flops.text.layers * sum(t * (t - 1) // 2 for t in lengths)
+    assert found == pytest.approx(flops.of_text(lengths, labels) + hidden, rel=1e-12)
 
 
 def test_images_with_kept_features_cost_nothing_and_helpers_have_a_backward_only_where_it_is_asked_for(
