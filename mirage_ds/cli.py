@@ -71,12 +71,12 @@ data.add_command(rationalize)
               help="The stage that the records are checked for.")  # fmt: skip
 @_image_root
 @click.option("--model", "model_folder", type=_PATH, help="Model folder whose tokenizer and limits are applied.")
-@click.option("--latent_size", default=4, show_default=True, help="k: a helper needs as many merged tokens.")
+@click.option("--latent_size", default=4, show_default=True, help="k: a helper needs at least k merged tokens.")
 @click.option("--confine_paths", is_flag=True, help="Images outside FILE's folder and --image_root are faults.")
 @_columns
-@click.option("--most", default=50, show_default=True, help="Kinds of faults listed at most.")
+@click.option("--most", default=50, show_default=True, help="Kinds of faults to list; others are counted.")
 def data_check(file: Path, most: int, columns: str | None, **options: Any) -> None:
-    """List every faulty record of FILE and how to fix it. Exit code 2 if there is one."""
+    """List faulty records of FILE and how to fix them. Exit code 2 if there is one."""
     from collections import Counter
 
     from mirage_ds.curate.check import check_file, print_faults, scored
@@ -105,7 +105,7 @@ def data_index(yaml_file: Path | None, **flags: Any) -> None:
     """Index a run's records before the run.
 
     The run would otherwise do it before its first step; it then opens what it finds in --cache_dir. Give it the run's
-    own flags; those that do not matter here are ignored. No GPU is needed. A stopped index is continued.
+    own flags (not --ranks); those that do not matter here are ignored. It needs no GPU. A stopped index is continued.
     """
     from mirage_ds.run.records import index_beforehand
 
@@ -198,9 +198,9 @@ def init(preset: str, out: Path, **options: Any) -> None:
 def export(source: Path, target: Path, vocab_rows: int | None, base: Path | None) -> None:
     """Write a model folder that plain transformers opens.
 
-    TARGET is complete. SOURCE is a sharded checkpoint (…/run/checkpoints/global_step<N>) or the folder of a run that
-    has not finished, whose newest checkpoint is taken. With --vocab_rows SOURCE is a model folder, and TARGET a copy
-    with so many rows of embedding and head.
+    TARGET has weights, tokenizer and image processor. SOURCE is a sharded checkpoint
+    (…/run/checkpoints/global_step<N>) or the folder of a run that has not finished, whose newest checkpoint is taken.
+    With --vocab_rows SOURCE is a model folder, and TARGET a copy with so many rows of embedding and head.
     """
     from mirage_ds.engine.save import export_folder
 

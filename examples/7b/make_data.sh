@@ -11,8 +11,8 @@
 #     SAT_V2    SAT-v2, 150 real rows, to test on        hf download array/SAT-v2 --repo-type dataset …
 #     HELPERS   sat: your helper images, one a row, called as the row's id or its number from 0; without it sft alone
 #     COMT      data.jsonl and images/                   hf download czh-up/comt --repo-type dataset …
-#     MAPS      vsp-spatial-planning: a JSONL with map_desc, such as the public 1,000 rows, whose boards are trained on;
-#               without it random ones
+#     MAPS      vsp-spatial-planning: a JSONL with map_desc, such as the 1,000 rows of train_direct.jsonl of
+#               https://github.com/UMass-Embodied-AGI/Mirage, whose boards are trained on; without it random ones
 set -euo pipefail
 
 out=${OUT:-runs/7b}

@@ -132,6 +132,9 @@ def model_options(model: type[BaseModel]) -> Callable[[Callable[..., Any]], Call
             # What is a denial by name (--no_latents) has no second one.
             denied = f"/--no_{name}" if kind is bool and not name.startswith("no_") else ""
             how: dict[str, Any] = {"type": kind, "is_flag": kind is bool}
+            if isinstance(kind, click.Choice):
+                # click would show them normalized, and the default as it is.
+                how["metavar"] = f"[{'|'.join(kind.choices)}]"
             if several:
                 how = {"multiple": True, "metavar": "PATH" if isinstance(kind, click.Path) else "A,B,…"}
             function = click.option(f"--{name}{denied}", name, default=None, help=text, **how)(function)

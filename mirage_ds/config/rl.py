@@ -23,7 +23,7 @@ class RlSettings(BaseModel):
     prompts_per_rollout: PositiveInt | None = Field(None, description="rl: P, all prompts of a rollout. [default: 8]")
     num_generations: int = Field(8, ge=2, description="rl: G, answers sampled of each prompt.")
     max_completion_length: PositiveInt = Field(256, description="rl: tokens of an answer, latents included, at most.")
-    temperature: PositiveFloat = Field(1.0, description="rl: of the sampling; the policy is what was sampled from.")
+    temperature: PositiveFloat = Field(1.0, description="rl: of sampling; the loss takes probabilities at it too.")
     rollout_rows: PositiveInt | None = Field(None, description="rl: answers a rank decodes at a time. [default: all]")
     resample: NonNegativeInt = Field(0, description="rl: rounds of new prompts for those whose rewards are all alike.")
     # the latents
@@ -34,7 +34,7 @@ class RlSettings(BaseModel):
         "the model was trained without latents, gaussian where it has heads, else through]",
     )
     latent_ratio: LatentRatio | None = Field(
-        None, description="rl: a latent block's log-ratio is the sum or the mean over its numbers. [default: mean]"
+        None, description="rl: a block's log-ratio: sum or mean over its latents' components. [default: mean]"
     )
     sigma: PositiveFloat = Field(10.0, description="rl: σ of vlpo's density.")
     # the objective
@@ -60,16 +60,14 @@ class RlSettings(BaseModel):
         description="rl: what is summed to the reward: accuracy (the task's scorer), format, judge, or a function "
         "package.module:function; *0.5 behind a name is its weight.",
     )
-    reward_weights: list[float] | None = Field(None, description="rl: of each in --reward, as *0.5 behind its name.")
+    reward_weights: list[float] | None = Field(None, description="rl: one for each --reward; or *0.5 behind its name.")
     reward_timeout: PositiveFloat = Field(30.0, description="rl: seconds of one call of a reward function, at most.")
     reward_workers: PositiveInt = Field(2, description="rl: processes that score.")
     max_reward_faults: float = Field(0.1, ge=0, le=1, description="rl: end when a larger share of scores failed.")
     judge_endpoint: str | None = Field(None, description="rl: OpenAI-compatible server of judge, as http://host/v1.")
     judge_model_name: str | None = Field(None, description="rl: what the judge's server calls its model.")
     judge_key_variable: str | None = Field(None, description="rl: variable with its key. [default: OPENAI_API_KEY]")
-    judge_prompt: Path | None = Field(
-        None, description="rl: text with {question}, {reference}, {answer}. [default: own]"
-    )
+    judge_prompt: Path | None = Field(None, description="rl: holds {question}, {reference}, {answer}. [default: own]")
     judge_parallel: PositiveInt = Field(8, description="rl: requests to the judge at a time.")
     judge_timeout: PositiveFloat = Field(60.0, description="rl: seconds for one request.")
     judge_tries: PositiveInt = Field(6, description="rl: requests for one reply, at most.")

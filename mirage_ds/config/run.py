@@ -70,7 +70,7 @@ class _Settings(BaseModel):
     latent_targets: Path | None = Field(None, description="stage1's targets: of what --stage scaffold saved here.")
     feed: Feed = Field("targets", description="stage1: what latents get as inputs; own: the model's states, as stage2.")
     detach_latents: bool = Field(False, description="No gradient through the states that are fed back (stage2, own).")
-    train_targets: bool = Field(False, description="stage1 with --train_vision: CE trains the tower via latents too.")
+    train_targets: bool = Field(False, description="stage1 --train_vision: CE reaches the tower too, by the latents.")
     train_vision: bool = Field(False, description="Train the vision tower too; in scaffold a copy of it.")
     lora_rank: PositiveInt | None = Field(None, description="Train adapters of this rank alone: `mirage-ds docs lora`.")
     lora_alpha: PositiveInt | None = Field(None, description="Scale adapters by alpha / rank. [default: 2 × rank]")
@@ -89,7 +89,7 @@ class _Settings(BaseModel):
     max_dropped_share: float = Field(0.1, ge=0, le=1, description="Refuse to train if a larger share is dropped.")
     check_images: bool = Field(False, description="Check every image before the first step; index again if changed.")
     confine_paths: bool = Field(False, description="Refuse images outside the records' folder and --image_root.")
-    skip_bad_records: bool = Field(False, description="Leave faulty records out; run/skipped.jsonl lists them.")
+    skip_bad_records: bool = Field(False, description="Skip bad records; see --save_model_path/run/skipped.jsonl.")
     max_bad_share: float = Field(0.01, ge=0, le=1, description="Refuse to train if a larger share is faulty.")
     min_pixels: PositiveInt | None = Field(None, description="Smallest input image; the processor's own if not set.")
     max_pixels: PositiveInt | None = Field(None, description="Largest input image; the processor's own if not set.")
@@ -100,7 +100,7 @@ class _Settings(BaseModel):
         description="Keep features of the frozen tower on disk for all epochs, stages and runs: of all images, of "
         "helpers alone (their k targets), or none (off). [default: all; off with --train_vision]",
     )
-    feature_dir: Path | None = Field(None, description="Folder of features, on all hosts. [default: in --cache_dir]")
+    feature_dir: Path | None = Field(None, description="Features' folder, seen by all hosts. [default: in --cache_dir]")
     num_workers: int = Field(2, ge=0, description="Worker processes per rank.")
     cache_dir: Path | None = Field(
         None, description="Cache of downloads, indices and features. [default: the hub's own, and ~/.cache/mirage_ds]"
@@ -129,7 +129,7 @@ class _Settings(BaseModel):
     adam_eps: PositiveFloat = Field(1e-8, description="AdamW ε.")
     weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay; norms and biases are exempt.")
     max_grad_norm: float = Field(1.0, ge=0, description="Clip the gradient's global norm to this; 0 switches it off.")
-    seed: int = Field(42, ge=0, description="Chooses rows and adapters' first values; rl: also samples.")
+    seed: int = Field(42, ge=0, description="Draws each step's rows and adapters' first values; rl: also samples.")
 
     # the machine
     deepspeed: Path | None = Field(

@@ -31,7 +31,7 @@ def vary(kind: Kind, file: Path, **flags: Any) -> None:
       helper-swap    another record's helper, of the same level
       helper-noise   noise instead of the helper
       no-image       grey instead of every input image
-      helper-only    no input image, and a question that does not depend on it
+      helper-only    no input image, and --question as the question
     """
     from mirage_ds.curate.vary import vary as run
 
@@ -62,7 +62,7 @@ def import_(source: tuple[str, ...], **flags: Any) -> None:
     SOURCE is a file (JSON lines, JSON array, CSV, Parquet, Arrow), a folder of such files, a glob pattern in quotes, a
     folder that `datasets` has saved, an image folder with its metadata, or the name of a data set of the Hub. The
     layouts of ms-swift, LLaMA-Factory and TRL are recognised, and so are columns with obvious names; --columns names
-    others. The first row that a record cannot hold (videos, sound, boxes, tools, rejected answers) ends the import.
+    others. If a row has what no record can hold (videos, sound, boxes, tools, rejected answers), nothing is written.
     """
     from mirage_ds.curate.importing import import_records
 

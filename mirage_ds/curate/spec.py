@@ -75,7 +75,7 @@ class RationalizeSpec(ReadSpec):
     task: str | None = Field(None, description="whose scorer judges the answer [default: the record's own task]")
     temperature: float = Field(0.7, ge=0, le=2, description="how freely tokens are drawn")
     max_new_tokens: int = Field(1024, ge=1, description="tokens of a reply, at most")
-    seed: int | None = Field(None, ge=0, lt=2**31, description="of the draws; a server is sent one only where given")
+    seed: int | None = Field(None, ge=0, lt=2**31, description="of replies [default: 0; with --endpoint none is sent]")
     max_pixels: int | None = Field(None, ge=784, description="larger images are made smaller before they are shown")
     most: int | None = Field(None, ge=1, description="take only the first so many records")
 

@@ -50,7 +50,7 @@ class LengthSpec(FolderSpec):
 class ModelSpec(LengthSpec):
     """How long answers are, and what they are drawn by."""
 
-    seed: NonNegativeInt = Field(42, description="Seed of sampling; a record's draws do not depend on its batch.")
+    seed: NonNegativeInt = Field(42, description="Seed of sampled answers; the batch does not change them.")
 
 
 class Sampling(NamedTuple):
@@ -118,7 +118,7 @@ class RecordsSpec(DataSpec):
 class EvaluateSpec(DecodingSpec, RecordsSpec):
     """The flags of `mirage-ds evaluate`."""
 
-    samples: PositiveInt = Field(1, description="Answers a record: pass@k, majority and spread; not for greedy.")
+    samples: PositiveInt = Field(1, description="Answers to each record (pass@k, majority, spread); not greedy.")
     latents: str | None = Field(
         None,
         description="Score under these conditions instead, separated by commas: own,swap,… (`mirage-ds docs "

@@ -24,15 +24,15 @@ class PlanSpec(BaseModel):
 
     # what is trained
     model: str = Field(description="Folder, config.json, public shape (qwen2.5-vl-3b, -7b, -32b, -72b) or its hub id.")
-    stage: Stage = Field(description="As for a run; rl with latents that are made anew (through).")
+    stage: Stage = Field(description="As for a run; rl: with --latent_policy through.")
     feed: Feed = Field("targets", description="stage1: own makes latents in passes, as stage2.")
     latent_size: PositiveInt = Field(4, description="k, latents a block.")
     latent_runs: PositiveInt = Field(1, description="Latent blocks of a row, at most.")
     deepspeed: Path | None = Field(None, description="Plan this JSON alone. [default: all that ship]")
     micro_batch_tokens: PositiveInt = Field(8192, description="Tokens packed into one micro-batch of one rank.")
     micro_steps: PositiveInt = Field(1, description="Micro-steps of an optimizer step.")
-    row_tokens: PositiveInt = Field(500, description="Tokens of a row with images and answer (rl too).")
-    labelled: float = Field(0.2, gt=0, le=1, description="Row's share from its first latent on (sft: its labels).")
+    row_tokens: PositiveInt = Field(500, description="Tokens of a row: prompt, images and answer.")
+    labelled: float = Field(0.2, gt=0, le=1, description="Share of a row that is its answer, latents included.")
     images: NonNegativeInt = Field(1, description="Input images of a row.")
     image_tokens: PositiveInt = Field(256, description="Merged features of an image; 256 are 448 x 448 pixels.")
     rows: PositiveInt = Field(3000, description="Records, for the size of the kept features.")
@@ -46,7 +46,7 @@ class PlanSpec(BaseModel):
     num_generations: PositiveInt = Field(8, description="rl: answers of a prompt.")
     max_completion_length: PositiveInt = Field(256, description="rl: tokens of an answer.")
     rollout_rows: PositiveInt | None = Field(None, description="rl: answers that a rank decodes at a time.")
-    beta: NonNegativeFloat = Field(0.0, description="rl: above 0 the start's weights are held too; not with adapters.")
+    beta: NonNegativeFloat = Field(0.0, description="rl: above 0 the start's weights are held too, sharded.")
 
     # the machines
     nodes: PositiveInt = Field(1, description="Hosts.")

@@ -26,7 +26,7 @@ class ServeSpec(LengthSpec):
         "own", description="What is fed at the slots, by the names of `mirage-ds docs controls`."
     )
     latent_bank: Path | None = Field(
-        None, description="Folder that --latents own (or `controls`) writes; swap and matched read it, random may."
+        None, description="Folder of latents: own (or `controls`) writes it; swap and matched read it, random may."
     )
     seed: int = Field(42, ge=0, lt=2**31, description="Of random and matched latents and of swaps.")
     return_latents: bool = Field(False, description="Send what was fed at the slots beside each answer.")
@@ -35,7 +35,7 @@ class ServeSpec(LengthSpec):
     max_requests: PositiveInt = Field(256, description="Requests at a time, at most; more are answered 503.")
     rows: PositiveInt = Field(32, description="Answers that decode at a time.")
     prefill_tokens: PositiveInt = Field(
-        8192, description="Prompts run together up to so many tokens, between two tokens of the others."
+        8192, description="New prompts run together up to so many tokens; begun answers wait meanwhile."
     )
     cache_gb: PositiveFloat | None = Field(
         None, description="GB for keys and values; rows wait for room. [default: what --rows rows may need]"

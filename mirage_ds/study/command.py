@@ -37,7 +37,7 @@ class RunFlags(BaseModel):
     again: bool = Field(False, description="Give failed runs all their tries (`launch.retries`) again.")
     slurm: bool = Field(False, description="Submit to Slurm instead: arrays of runs and of evaluations.")
     sbatch: str | None = Field(None, description="Options of sbatch, in quotes: '--gres gpu:8 --time 8:00:00'.")
-    sbatch_evaluate: str | None = Field(None, description="Those of evaluations, on one GPU. [default: --sbatch]")
+    sbatch_evaluate: str | None = Field(None, description="As --sbatch, for evaluations (one GPU). [default: --sbatch]")
     at_once: PositiveInt | None = Field(None, description="How many tasks of a Slurm array may run at once.")
 
 
@@ -58,8 +58,8 @@ def ablate() -> None:
 def plan_study(study: Path, each: bool, wants_json: bool, card: str | None, **flags: Any) -> None:
     """Print what STUDY would run, what is done, and the GPU-hours.
 
-    The hours are those that `mirage-ds plan` expects. A study whose evaluations would be refused (records, images,
-    scorer, controls) is refused here.
+    The hours are those that `mirage-ds plan` expects. As `ablate run`, it first checks what evaluations need: records,
+    images, scorers, controls.
     """
     from mirage_ds.study.check import check_study
     from mirage_ds.study.overview import overview, planned, print_plan

@@ -81,7 +81,7 @@ class ReadingSpec(BuildSpec):
     """What to build of a task whose answer is read off the picture: no helper, so no rationale around one."""
 
     answer: Literal["direct"] = Field("direct", description="the boxed answer alone")
-    prompt: Literal["full", "short"] = Field("short", description="one short sentence, or a longer explanation")
+    prompt: Literal["full", "short"] = Field("short", description="a longer explanation, or one short sentence")
 
 
 def read_exclude(paths: Sequence[Path]) -> frozenset[str]:

@@ -61,7 +61,7 @@ class _Published(BoxedAnswer):
         return " ".join((read(text) or "").casefold().split()) or None
 
     def convert(self, source: Path, settings: PublishedSettings, report: BuildReport) -> Iterator[Draft]:
-        """Convert the authors' file, or a folder that holds such files."""
+        """Convert a file that Monet's, LVR's or Zebra-CoT's authors hand out, or a folder of such files."""
         return tables.drafts(_files(source), partial(self._draft, root=settings.image_root), settings, report)
 
     @abstractmethod

@@ -31,7 +31,7 @@ def controls(folder: Path, **flags: Any) -> None:
       oracle    the helper image's features, as in stage 1; with --latent_targets learned ones
       off       nothing: there is no block
       text      the embedding of <|latent_pad|>
-      path      planning maps: a helper with the record's path, then with another
+      path      planning maps: features of a helper with the record's path, then with another
     """
     from mirage_ds.analysis.controls.run import run_controls
 

@@ -32,7 +32,7 @@ class ControlsSpec(HelperSpec, ModelSpec, RecordsSpec):
 
     latents: str = Field(
         ",".join(CONDITIONS),
-        description="What is fed at the slots, compared with own; path: the latents of one path or of another.",
+        description="What is fed at the slots: conditions, separated by commas; path may be added.",
     )
     seed: int = Field(42, ge=0, lt=2**31, description="Of vectors, swaps, paths and resamples.")
     latent_targets: Path | None = Field(

@@ -21,7 +21,7 @@ class InspectSpec(HelperSpec, FolderSpec, DataSpec):
     decode: bool = Field(False, description="Show these rows' latents in the model's own decoding too.")
     max_new_tokens: PositiveInt = Field(256, description="With --decode: tokens of an answer, at most.")
     most: PositiveInt = Field(1000, description="Rows that the components and the probe are made of.")
-    label: tuple[str, ...] = Field((), description="Keys of records that the probe reads; text_output: the answer.")
+    label: tuple[str, ...] = Field((), description="Record keys that the probe predicts; text_output: the answer.")
     latent_size: PositiveInt | None = Field(None, description="k; as the model was trained if not set.")
 
 
@@ -31,8 +31,8 @@ class InspectSpec(HelperSpec, FolderSpec, DataSpec):
 def inspect(folder: Path, **flags: Any) -> None:
     """Show what the latents look at and stand for.
 
-    It writes one page: for the chosen rows what the latents of the model in FOLDER look at, which words are near and
-    what attends to them; over the file's rows their principal components and what a linear probe reads from them.
+    It writes one page. For the chosen rows: what the latents of the model in FOLDER look at, which words are near, and
+    what attends to them. For all rows: principal components, and what a linear probe reads from the latents.
     """
     need("plot", "inspect")
     from mirage_ds.analysis.inspect.study import inspect_file

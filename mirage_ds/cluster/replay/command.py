@@ -22,7 +22,8 @@ def replay(run: Path, step: int) -> None:
     checkpoint before STEP are taken again; tables show the loss of each row and the gradient's norm in each layer.
     Start it in the folder where the run was started.
 
-    On several GPUs: deepspeed --module mirage_ds.cluster.replay RUN STEP, with as many ranks as the run had.
+    With as many ranks as the run had, on GPUs or on CPUs (DS_ACCELERATOR=cpu):
+    deepspeed --num_gpus RANKS --module mirage_ds.cluster.replay RUN STEP.
     """
     from mirage_ds.cluster.replay.again import replay as take_again
 

@@ -336,3 +336,9 @@ def test_bad_rows_end_it_or_are_left_out(tmp_path: Path) -> None:
     report, made = turn(file, tmp_path / "o", skip_bad_records=True)
     assert [row["idx"][-1] for row in made] == ["0", "3", "4"]
     assert report.notes["bad rows left out"] == 2
+
+
+def test_the_help_spells_choices_as_the_default() -> None:
+    said = " ".join(CliRunner().invoke(cli, ["data", "build", "blink-jigsaw", "--help"]).output.split())
+    assert "--corner [any|upper-left|upper-right|lower-left|lower-right]" in said
+    assert "[default: lower-right]" in said
