@@ -1,8 +1,9 @@
 """What a run can be refused for in a second, before any rank starts. Imports no torch."""
 
+import os
 import re
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import NamedTuple
 
 from mirage_ds.config.columns import Columns
@@ -20,6 +21,10 @@ from mirage_ds.model.folder import resolve_folder
 from mirage_ds.rl.rewards import read_rewards
 from mirage_ds.run import folder as run_folder
 
+# The name of a Unix socket has 107 bytes at most (sun_path of unix(7)), and multiprocessing calls those through which a
+# data worker hands on its tensors TMPDIR/pymp-xxxxxxxx/listener-xxxxxxxx.
+MOST_TMPDIR_BYTES = 107 - len("/pymp-xxxxxxxx/listener-xxxxxxxx")
+
 
 def check_beforehand(config: RunConfig, ranks: int) -> None:
     """Refuse settings that the ranks would refuse, as far as it shows in seconds. Nothing is read whole or downloaded.
@@ -29,6 +34,7 @@ def check_beforehand(config: RunConfig, ranks: int) -> None:
     """
     check_rows(config, ranks)
     check_outputs(config)
+    check_sockets(config)
     need_for(config)
     if config.stage == "rl":
         read_rewards(config.reward, config.reward_weights)
@@ -68,6 +74,21 @@ def check_outputs(config: RunConfig) -> None:
     run_folder.check(config.save_model_path, config.overwrite, config.resume == "auto", sources)
     if config.log_file:
         check_log(config.log_file, "--log_file")
+
+
+def check_sockets(config: RunConfig) -> None:
+    """Refuse a folder of temporary files in which data workers cannot make their sockets: their batches never arrive.
+
+    Raises:
+        UserError: names the folder, and how long its name may be.
+    """
+    size = len(os.fsencode(gettempdir()))
+    if config.num_workers and size > MOST_TMPDIR_BYTES:
+        what = (
+            f"--num_workers {config.num_workers}: workers hand on their rows through sockets in TMPDIR {gettempdir()}"
+        )
+        how = f"its name has {size} bytes and may have {MOST_TMPDIR_BYTES}; set TMPDIR to a shorter one, such as /tmp"
+        raise UserError(f"{what}: {how}, or give --num_workers 0")
 
 
 class FirstLook(NamedTuple):
