@@ -3,8 +3,6 @@
 Imports no torch. It sees texts, no pictures.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -3,15 +3,13 @@
 n answers. Imports no torch. Functions run in worker processes (workers.py, functions.py); a judge is asked from here.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from mirage_ds.config.rl import RlSettings
 from mirage_ds.data.messages import HELPER_MARK
@@ -127,7 +125,7 @@ class Rewards:
         # Functions as for TRL that want messages.
         self.messages: set[str] = set()
 
-    def __enter__(self) -> Rewards:
+    def __enter__(self) -> Self:
         if self.functions:
             self.workers = Workers(
                 Functions, (self.functions, self.task), self.config.reward_timeout, self.config.reward_workers

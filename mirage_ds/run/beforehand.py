@@ -11,7 +11,7 @@ from mirage_ds.config.extras import need_for
 from mirage_ds.config.run import RunConfig, Stage
 from mirage_ds.data.folders import find_files
 from mirage_ds.data.images import ImageFinder
-from mirage_ds.data.record import RecordError, make_record
+from mirage_ds.data.record import blamed, make_record
 from mirage_ds.data.record_files import places, told
 from mirage_ds.data.sources import no_record
 from mirage_ds.engine.ds_config import read_json
@@ -122,15 +122,13 @@ def first_look(source: Path, columns: Columns, image_root: Path | None, stage: S
         # Not resolved: a link may lead elsewhere on another host.
         folders = [one.absolute() for one in (files[first.file].parent, image_root, Path()) if one is not None]
         finder = ImageFinder(tuple(folders))
-        try:
+        with blamed(f"{files[first.file]}: "):
             record = make_record(first.row, first.line, True, Path(pictures), columns)
             if stage == "stage1":
                 record.need_helper()
             named = record.images(helpers=stage in (None, "stage1"))
             for name, path in named:
                 finder.size(record, name, path)
-        except RecordError as error:
-            raise UserError(f"{files[first.file]}: {error}") from None
         inside = Path(pictures).resolve()
         outside = [path for _, path in named if not Path(path).is_relative_to(inside)]
     return FirstLook(files, tuple(tuple(finder.places(path)) for path in outside))
