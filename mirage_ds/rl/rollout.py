@@ -7,8 +7,6 @@ Who decodes an answer plays no part: its draws hang on the run's seed, the rollo
 number. A prompt that stands twice in a rollout gets other answers at each place.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from math import isnan, nan
 from typing import NamedTuple

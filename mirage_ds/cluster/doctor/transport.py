@@ -34,7 +34,11 @@ SSH_OPTIONS = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=5", "-o", "ServerAli
 # DeepSpeed 0.19.8 exports what begins with these (runner.py, EXPORT_ENVS), on GPUs NCCL too.
 EXPORTED = ("PYTHON", "MLFLOW", "MV2", "UCX")
 GRACE_S = 1.0
-FAULTS = Path(__file__).with_name("faults.yaml")
+
+
+def faults() -> Any:
+    """Read faults.yaml: what goes wrong between hosts, and how to fix it."""
+    return yaml.safe_load(Path(__file__).with_name("faults.yaml").read_text(encoding="utf-8"))
 
 
 class Answer(NamedTuple):
@@ -97,8 +101,7 @@ def _fault(host: str, said: str, code: int, answered: bool) -> tuple[str, str]:
     last = (said.strip().splitlines() or ["it said nothing"])[-1]
     if answered:
         return (f"ended with exit code {code}: {last}", "read that line; it is the host's own") if code else ("", "")
-    known = yaml.safe_load(FAULTS.read_text(encoding="utf-8"))
-    fault = next(one for one in known if re.search(one["says"], f"{said}\nexit code {code}"))
+    fault = next(one for one in faults()["asking"] if re.search(one["says"], f"{said}\nexit code {code}"))
     return fault["what"].format(code=code, last=last), fault["mend"].format(host=host, python=sys.executable)
 
 
