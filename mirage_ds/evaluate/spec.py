@@ -104,7 +104,7 @@ class RecordsSpec(DataSpec):
 
     task: str | None = Field(None, description="Scoring task, or module:function. [default: each record's, or boxed]")
     prefill_tokens: PositiveInt = Field(
-        8192, description="Prompts run together up to so many tokens; longer ones alone."
+        8192, description="Prompts run together up to so many tokens; a longer one runs alone."
     )
     cache_gb: PositiveFloat | None = Field(
         None,

@@ -82,11 +82,10 @@ def check_sockets(config: RunConfig) -> None:
     Raises:
         UserError: names the folder, and how long its name may be.
     """
-    size = len(os.fsencode(gettempdir()))
-    if config.num_workers and size > MOST_TMPDIR_BYTES:
-        what = (
-            f"--num_workers {config.num_workers}: workers hand on their rows through sockets in TMPDIR {gettempdir()}"
-        )
+    place, workers = gettempdir(), config.num_workers
+    size = len(os.fsencode(place))
+    if workers and size > MOST_TMPDIR_BYTES:
+        what = f"--num_workers {workers}: workers hand on their rows through sockets in TMPDIR {place}"
         how = f"its name has {size} bytes and may have {MOST_TMPDIR_BYTES}; set TMPDIR to a shorter one, such as /tmp"
         raise UserError(f"{what}: {how}, or give --num_workers 0")
 
