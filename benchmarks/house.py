@@ -30,16 +30,13 @@ ROOT = REPO / "mirage_ds"
 # harnesses 150). Reinforcement: 1,800. Then 460 lines of the first ones went in data, tasks and curate, 190 in others,
 # and 210 in engine, cluster, tasks and curate; a bank of latents, drawn latents, resume and pages of rl took 280.
 ROOMS = {
-    # 10: scaffold keeps all features of a helper.
-    "data": 3140,
-    # 30: a scaffold in a chain, whose targets the stage1 behind it learns.
-    "study": 2340,
+    "data": 3120,
+    "study": 2270,
     # 25: the doctor looks at records as training reads them.
-    "cluster": 2540,
-    # 10: learned targets as the oracle.
-    "analysis": 1680,
+    "cluster": 2520,
+    "analysis": 1650,
     # 50: the rest of a mixture, what evaluate lacks, glob patterns to import.
-    "curate": 1140,
+    "curate": 1130,
     # Three published data sets (150) and JSON arrays.
     "tasks": 1660,
     # 30: export of an encoder.
@@ -49,16 +46,12 @@ ROOMS = {
     # 205: learned targets: the encoder (70), its folder and use (100), own states fed in stage1.
     "model": 2815,
     # 30: the first look at a source, for the doctor; stage2 without latents.
-    # 85: an encoder trained, saved and noted; its targets kept; a file more.
-    "run": 2000,
-    # 30: a frozen model and an encoder; own states.
-    "plan": 1270,
-    # 10: batches with learned targets.
-    "evaluate": 990,
+    "run": 1900,
+    "plan": 1210,
+    "evaluate": 970,
     # The table of other trainers' names (100 lines, nearly all of them data), and `config import` (330).
     # Help under headings, one way to a run's settings: 25.
-    # 40: what learned targets and own states cannot be combined with.
-    "config": 940,
+    "config": 890,
     "api": 220,
     # What a wheel ships, and the commands that show and write it: docs, examples, launch.
     "files": 200,
@@ -70,13 +63,13 @@ ROOMS = {
     # The name under which launch scripts outside of this repository read a hostfile.
     "hosts": 3,
     # OpenAI's chat completions.
-    "serve": 690,
+    "serve": 680,
     # Rollouts, rewards, objectives.
-    "rl": 1220,
+    "rl": 1190,
     # The client of OpenAI-compatible servers, out of curate, for judges too.
     "chat": 150,
 }
-TOTAL = 25_090
+TOTAL = 24_450
 FILE_LINES, FUNCTION_LINES = 400, 80
 # 101: a study asks tasks for the level of a record, where it had a copy of that function. 103: replay shows tables.
 # 124: serve 6, rl and chat 15. 126: serve takes the conditions of controls, a study shows rollouts.

@@ -1,7 +1,5 @@
 """mirage_ds: a DeepSpeed trainer for vision-language models that think in latent visual tokens."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:

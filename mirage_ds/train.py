@@ -57,10 +57,10 @@ def main() -> None:
 
 @click.command(cls=RunCommand, context_settings=CONTEXT)
 @run_options
-@click.option("--local_rank", hidden=True, help="Passed by some launchers; the environment says it too.")
-def command(yaml_file: Path | None, local_rank: str | None, **flags: Any) -> None:
+# Passed by some launchers; the environment says it too.
+@click.option("--local_rank", hidden=True, expose_value=False)
+def command(yaml_file: Path | None, **flags: Any) -> None:
     """Train one stage of a Mirage model. Flags win over the YAML file, which wins over defaults."""
-    del local_rank
     run(run_config(yaml_file, flags))
 
 

@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import yaml
+
 from mirage_ds.data.folders import readable
 from mirage_ds.errors import EXIT_USER_ERROR, UserError, shown
 from mirage_ds.run.process import print_anything
@@ -14,12 +16,7 @@ _LINE = re.compile(r"(\S+)[ \t]+slots=([0-9]+)([ \t].*)?")
 # What ssh, pdsh and mpirun all take: a host name or an IPv4 address, perhaps with a user.
 _NAME = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9._-]*@)?[A-Za-z0-9_][A-Za-z0-9._-]*")
 # What is no name → what to write; the first that fits counts.
-NO_NAMES = {
-    "^[^,]*:[^,]*:": "pdsh takes no IPv6 address; give the host a name in /etc/hosts or ~/.ssh/config and write that",
-    ":[0-9]": "a port belongs in ~/.ssh/config (Host, Port); write the name alone",
-    r"[\[\],]": "write one host a line (`scontrol show hostnames` lists those of Slurm's short form)",
-    "": "write `host` or `user@host`, of ASCII letters, digits, '.', '_' and '-'",
-}
+NO_NAMES: dict[str, str] = yaml.safe_load(Path(__file__).with_name("no_names.yaml").read_text(encoding="utf-8"))
 # More than any host has GPUs or cores; a longer number is a slip.
 MOST_SLOTS = 1024
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+import yaml
 from pydantic import BaseModel, ValidationError
 
 from mirage_ds.config.names import hint, ours
@@ -27,18 +28,10 @@ CONTEXT = {
 
 
 WORDS = f"{__name__}.words"
+
+
 # First setting → the heading of its part of a run's help.
-PARTS = {
-    "model": "What is trained",
-    "data_path": "Records and pictures",
-    "epochs": "Steps",
-    "deepspeed": "Machine",
-    "save_every": "Checkpoints, limits, traces",
-    "eval_data_path": "Evaluations while training",
-    "overwrite": "Run folder and log",
-    "prompts_per_rollout": "Reinforcement (--stage rl)",
-    "yaml_file": "Start",
-}
+PARTS: dict[str, str] = yaml.safe_load(Path(__file__).with_name("parts.yaml").read_text(encoding="utf-8"))
 
 
 class Group(click.Group):

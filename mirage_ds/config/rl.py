@@ -91,10 +91,9 @@ class RlSettings(BaseModel):
 
 # By name: without a meaning in the other stages.
 RL_ONLY = tuple(RlSettings.model_fields)
-JUDGE = tuple(name for name in RL_ONLY if name.startswith("judge_"))
 # Of these, what decides how a rollout is made, not what it is, or only ends a run.
 OTHERWISE = {"rollout_rows", "reward_timeout", "reward_workers", "max_reward_faults", "max_drift", "min_latent_share"}
-OTHERWISE |= set(JUDGE) - {"judge_model_name", "judge_prompt"}
+OTHERWISE |= {name for name in RL_ONLY if name.startswith("judge_")} - {"judge_model_name", "judge_prompt"}
 
 
 def rl_noted(config: RlSettings) -> dict[str, Any]:

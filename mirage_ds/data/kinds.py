@@ -2,8 +2,11 @@
 
 import re
 import shlex
+from functools import cache
 from pathlib import Path
 from typing import Literal
+
+import yaml
 
 from mirage_ds.errors import UserError
 
@@ -11,36 +14,15 @@ Kind = Literal["parquet", "arrow", "array", "table", "lines"]
 
 HEAD_BYTES = 4096
 BOM = b"\xef\xbb\xbf"
-# In a cure, FILE and NEW stand for the file's name and for that of the converted one.
-_UNPACK = "unpack it first: {} -dc FILE > NEW.jsonl"
-_RECODE = "save it as UTF-8: iconv -f {} -t UTF-8 FILE > NEW.jsonl"
-_TABLE = """python -c "import pandas; pandas.{}, dtype=str).to_csv('NEW.csv', index=False)\""""
-_EXCEL = ("an Excel table", _TABLE.format("read_excel('FILE'"))
-# How a file begins, as a pattern; what it is, and the cure.
-_SIGNS = (
-    (rb"\x1f\x8b", "compressed with gzip", _UNPACK.format("gzip")),
-    (rb"BZh", "compressed with bzip2", _UNPACK.format("bzip2")),
-    (rb"\xfd7zXZ\0", "compressed with xz", _UNPACK.format("xz")),
-    (rb"\x28\xb5\x2f\xfd", "compressed with zstd", _UNPACK.format("zstd")),
-    (rb"\x04\x22\x4d\x18", "compressed with lz4", _UNPACK.format("lz4")),
-    # By the name of the first file in it.
-    (rb"PK\x03\x04.{26}(\[Content_Types|_rels/|docProps/|xl/)", *_EXCEL),
-    (rb"\xd0\xcf\x11\xe0", *_EXCEL),
-    (rb"PK\x03\x04", "a zip archive", "unpack it first: unzip FILE"),
-    (rb"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it first: 7z x FILE"),
-    (rb".{257}ustar", "a tar archive", "unpack it first: tar -xf FILE"),
-    (rb"\xff\xfe\0\0|\0\0\xfe\xff", "UTF-32 text", _RECODE.format("UTF-32")),
-    (rb"\xff\xfe|\xfe\xff", "UTF-16 text", _RECODE.format("UTF-16")),
-    (rb"[{\[]\0", "UTF-16 text", _RECODE.format("UTF-16LE")),
-    (rb"\0[{\[]", "UTF-16 text", _RECODE.format("UTF-16BE")),
-    (rb"version https://git-lfs", "a pointer of Git LFS", "fetch the file itself: git lfs pull"),
-    (rb"<!DOCTYPE|<html", "an HTML page", "download the file itself"),
-    (rb".{0,15}\0", "a binary file", "write the records as JSON, one object a line"),
-    (rb"\{\s*\n\s*\"", "JSON over several lines", "write one object a line: jq -c . FILE > NEW.jsonl"),
-)
 _ROWS = re.compile(rb"\[\s*\{")
 # A first line of names with separators between them.
 _NAMES = re.compile(rb"[\"']?[A-Za-z_][\w .-]*[\"']?[,;\t]")
+
+
+@cache
+def _signs() -> list[dict[str, str]]:
+    """Read kinds.yaml: what is no file of records."""
+    return list(yaml.safe_load(Path(__file__).with_name("kinds.yaml").read_text(encoding="utf-8")))
 
 
 def head_of(path: Path) -> bytes:
@@ -62,11 +44,9 @@ def kind_of(path: Path) -> Kind:
     # As Feather has it, and as `datasets` saves it.
     if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
         return "arrow"
-    # Whatever is first in it.
-    signs = ((rb"PK\x03\x04", *_EXCEL), *_SIGNS) if suffix == ".xlsx" else _SIGNS
-    for sign, what, cure in signs:
-        if re.match(sign, head, re.DOTALL):
-            raise UserError(f"{path}: {what}, not records; {_for_file(cure, path)}")
+    for sign in _signs():
+        if sign.get("suffix", suffix) == suffix and re.match(sign["begins"].encode(), head, re.DOTALL):
+            raise UserError(f"{path}: {sign['is']}, not records; {_for_file(sign['cure'], path)}")
     if _ROWS.match(head):
         return "array"
     # What follows could be JSON lines of which the first is broken, so the second line must not look like one.

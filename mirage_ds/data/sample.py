@@ -4,8 +4,8 @@ T tokens of the row, R rows, n images of a row, I of a field of all rows, P patc
 1176 numbers), F merged features, k latents a block, H hidden.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -45,6 +45,26 @@ class Sample(NamedTuple):
     helper_groups: torch.Tensor
     image_features: torch.Tensor | None = None
     helper_features: torch.Tensor | None = None
+
+    def answered(
+        self, ids: Sequence[int], blocks: Iterable[tuple[int, int]] = (), learnt: torch.Tensor | None = None
+    ) -> Self:
+        """Put a prompt and an answer to it, which is text but for its latent blocks, together.
+
+        Args:
+            ids: the answer's tokens, S of them.
+            blocks: its latent blocks, as (first latent's place in the answer, k).
+            learnt: (S,) bool, which of its tokens are labels; None: none is.
+        """
+        own = torch.tensor(ids, dtype=torch.int64)
+        labels = torch.full_like(own, IGNORE) if learnt is None else torch.where(learnt, own, IGNORE)
+        positions = self.position_ids.max() + 1 + torch.arange(len(own))
+        return self._replace(
+            input_ids=torch.cat([self.input_ids, own]),
+            labels=torch.cat([self.labels, labels]),
+            position_ids=torch.cat([self.position_ids, positions.expand(3, -1)], dim=1),
+            runs=tuple((len(self.input_ids) + at, k) for at, k in blocks),
+        )
 
 
 class Measure(NamedTuple):

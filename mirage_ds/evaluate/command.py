@@ -31,15 +31,15 @@ if TYPE_CHECKING:
 @click.command(context_settings=CONTEXT)
 @click.argument("folder", type=click.Path(path_type=Path))
 @model_options(EvaluateSpec)
-@click.option("--local_rank", hidden=True, help="Passed by some launchers; the environment says it too.")
-def evaluate(folder: Path, local_rank: str | None, **flags: Any) -> None:
+# Passed by some launchers; the environment says it too.
+@click.option("--local_rank", hidden=True, expose_value=False)
+def evaluate(folder: Path, **flags: Any) -> None:
     """Answer the records of a file and score the answers.
 
     The model is that in FOLDER, or a hub id; scores are per level, with 95 % intervals.
 
     On several GPUs: deepspeed --module mirage_ds.evaluate FOLDER … shares the records among the ranks.
     """
-    del local_rank
     from mirage_ds.data.images import ImageFinder
     from mirage_ds.data.progress import track
     from mirage_ds.engine.setup import join, shared_fate

@@ -17,7 +17,7 @@ from mirage_ds.data.encode import LATENT_TOKENS, Encoder
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder, load_tokenizer
 from mirage_ds.data.loader import check_records
-from mirage_ds.data.record import Record, RecordError
+from mirage_ds.data.record import Record, blamed
 from mirage_ds.data.sample import Sample
 from mirage_ds.engine.spelling import read_base, read_trained
 from mirage_ds.errors import Stopped, UserError, reason
@@ -280,9 +280,8 @@ def batches(order: Sequence[int], size: int) -> list[Sequence[int]]:
 def batches_fit(batch_size: int) -> Iterator[None]:
     """Turn what goes wrong in a batch into a user's sentence."""
     try:
-        yield
-    except RecordError as error:
-        raise UserError(f"record on {error}") from None
+        with blamed("record on "):
+            yield
     except torch.OutOfMemoryError:
         raise UserError(
             f"--batch_size {batch_size}: so many rows at a time do not fit into the GPU's memory; lower it, "

@@ -1,7 +1,5 @@
 """What lmms-eval and VLMEvalKit write a sample, as a file of scores: `mirage-ds compare` pairs it."""
 
-from __future__ import annotations
-
 import csv
 import io
 import re

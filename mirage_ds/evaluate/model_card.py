@@ -58,9 +58,7 @@ def add_scores(folder: Path, files: Sequence[Path], track: Callable[[Sequence[Pa
     """
     place = folder / FILE
     if not place.is_file() or MARK not in place.read_text(encoding="utf-8", errors="replace"):
-        raise UserError(
-            f"{place}: is no model card that mirage_ds wrote; name the folder of a trained or exported model"
-        )
+        raise UserError(f"{place}: is no model card of mirage_ds; name the folder of a trained or exported model")
     # Before the weights are hashed.
     check_output(place, "the model card")
     reports = [read_report(file) for file in files]

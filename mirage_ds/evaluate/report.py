@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from mirage_ds.config.columns import parse_columns
 from mirage_ds.config.flags import build_model
 from mirage_ds.data.images import ImageFinder
-from mirage_ds.data.record import Record, RecordError
+from mirage_ds.data.record import Record, blamed
 from mirage_ds.data.record_files import read_records
 from mirage_ds.data.sources import hash_of_records
 from mirage_ds.engine.manifest import entry_of
@@ -65,10 +65,8 @@ def prompt_hash(record: Record, finder: ImageFinder) -> str:
     Raises:
         UserError: an image is missing.
     """
-    try:
+    with blamed("record on "):
         places = [finder.find(record, "image_input", path) for path in record.image_input]
-    except RecordError as error:
-        raise UserError(f"record on {error}") from None
     whole: list[Any] = [record.text_input, *(hashlib.sha256(place.read_bytes()).hexdigest() for place in places)]
     if record.turns_before:
         whole.append(record.turns_before)

@@ -10,7 +10,7 @@ import numpy as np
 
 from mirage_ds.config.run import LOSSES
 from mirage_ds.data.encode import LATENT_PAD, LATENT_START, Encoder
-from mirage_ds.data.record import HELPER_MARK, Record, RecordError
+from mirage_ds.data.record import HELPER_MARK, Record, blamed
 from mirage_ds.errors import UserError, closest
 from mirage_ds.tasks import DEFAULT, NO_METRICS, get_task, level_of, named_task, seen_by_scorer
 
@@ -95,10 +95,8 @@ def task_of(records: Sequence[Record], file: Path, named: str | None) -> str:
     Raises:
         UserError: the records name several tasks, or one lacks what the scorer needs.
     """
-    try:
+    with blamed(f"{file}, "):
         own = {named_task(record, named) for record in records}
-    except RecordError as error:
-        raise UserError(f"{file}, {error}") from None
     found, *others = sorted({name or DEFAULT for name in own})
     if others:
         raise UserError(

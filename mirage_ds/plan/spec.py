@@ -3,24 +3,13 @@
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    model_validator,
-)
+from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mirage_ds.config.run import Feed, Stage
 
 
-class PlanSpec(BaseModel):
+class PlanSpec(BaseModel, extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False):
     """What is planned. The run's own flags keep their names and meaning. GB are 10⁹ bytes, speeds go one direction."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
     # what is trained
     model: str = Field(description="Folder, config.json, public shape (qwen2.5-vl-3b, -7b, -32b, -72b) or its hub id.")
@@ -53,9 +42,7 @@ class PlanSpec(BaseModel):
     gpus_per_node: PositiveInt = Field(8, description="GPUs of a host.")
     gpu: Literal["h100", "a100", "h200", "b200"] = Field("h100", description="Fills what is not given below.")
     gpu_memory: PositiveFloat | None = Field(None, description="GB of a GPU. [default: 80, 40, 141, 180]")
-    tflops: PositiveFloat | None = Field(
-        None, description="Dense bf16 TFLOP/s of it. [default: 989.4, 312, 989.4, 2250]"
-    )
+    tflops: PositiveFloat | None = Field(None, description="Its dense bf16 TFLOP/s. [default: 989.4, 312, 989.4, 2250]")
     hbm: PositiveFloat | None = Field(None, description="GB/s of a GPU's memory. [default: 3350, 1555, 4800, 8000]")
     nvlink: PositiveFloat | None = Field(None, description="GB/s of a GPU inside a host. [default: 450, 300, 450, 900]")
     network: PositiveFloat | None = Field(

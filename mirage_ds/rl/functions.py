@@ -3,8 +3,6 @@
 n answers of one prompt. Imports no torch.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 import re

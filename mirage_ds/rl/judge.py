@@ -3,19 +3,17 @@
 Imports no torch. It sees texts, no pictures.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from mirage_ds.chat import Chat, Reply, read_template
+from mirage_ds.config.rl import RlSettings
 from mirage_ds.data.messages import HELPER_MARK, IMAGE_MARK
 from mirage_ds.errors import Stopped, UserError, shown
 from mirage_ds.files import check_output
@@ -28,36 +26,6 @@ _BLAME = "check --judge_model_name, --judge_max_new_tokens and --judge_limit_key
 _PLACE = re.compile("|".join(map(re.escape, PLACES)))
 # The last line: a number, perhaps behind a word as "Score:", perhaps in bold.
 _NUMBER = re.compile(r"(?:[\w ]+[:=])?\s*([01](?:\.\d+)?|\.\d+)")
-
-
-@dataclass(frozen=True)
-class JudgeSpec:
-    """Who judges, and how often it may be asked; each field is a flag `--judge_NAME`.
-
-    Attributes:
-        endpoint: like http://host:8000/v1.
-        model_name: what the server calls the model.
-        key_variable: environment variable with the key; OPENAI_API_KEY where it is set and none is named.
-        prompt: text template with {question}, {reference} and {answer}; None: the one that comes along.
-        parallel: requests at a time, of each rank.
-        timeout: seconds for one request.
-        tries: requests for one reply, at most.
-        limit_key: how the server calls max_new_tokens.
-        most: replies that a rank may ask for in a run; None: any number.
-        cache: folder that keeps what was judged, so that the same answer is not asked about again.
-    """
-
-    endpoint: str
-    model_name: str
-    key_variable: str | None = None
-    prompt: Path | None = None
-    parallel: int = 8
-    timeout: float = 60.0
-    tries: int = 6
-    max_new_tokens: int = 512
-    limit_key: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
-    most: int | None = None
-    cache: Path | None = None
 
 
 def read_number(text: str) -> float | None:
@@ -80,18 +48,19 @@ class Judge:
         UserError: a template, a key or a cache that can be none.
     """
 
-    def __init__(self, spec: JudgeSpec):
-        self.spec, self.template = spec, read_template(spec.prompt or SHIPPED, "--judge_prompt", PLACES)
+    def __init__(self, config: RlSettings):
+        self.config, self.template = config, read_template(config.judge_prompt or SHIPPED, "--judge_prompt", PLACES)
         self.chat = Chat(
-            spec.endpoint, spec.model_name, spec.key_variable, spec.parallel, spec.timeout, spec.tries, "--judge_",
-            LONGEST_TOLD_S,
+            str(config.judge_endpoint), str(config.judge_model_name), config.judge_key_variable, config.judge_parallel,
+            config.judge_timeout, config.judge_tries, "--judge_", LONGEST_TOLD_S,
         )  # fmt: skip
         self.known: dict[str, float] = {}
         self.asked = 0
-        if spec.cache:
-            check_output(spec.cache, "--judge_cache", folder=True)
-        self.file = spec.cache / f"judged-{uuid.uuid4().hex}.jsonl" if spec.cache else None
-        for file in spec.cache.glob("judged-*.jsonl") if spec.cache else ():
+        cache = config.judge_cache
+        if cache:
+            check_output(cache, "--judge_cache", folder=True)
+        self.file = cache / f"judged-{uuid.uuid4().hex}.jsonl" if cache else None
+        for file in cache.glob("judged-*.jsonl") if cache else ():
             for line in file.read_text(encoding="utf-8").splitlines():
                 # One that was cut off is none.
                 with suppress(ValueError, TypeError):
@@ -113,15 +82,13 @@ class Judge:
             Stopped: `asked` says that somebody wants it.
         """
         requests = [self._request(record, text) for record, text in answers]
-        keys = [hashlib.sha256(json.dumps([self.spec.model_name, one]).encode()).hexdigest() for one in requests]
+        model, most = self.config.judge_model_name, self.config.judge_most
+        keys = [hashlib.sha256(json.dumps([model, one]).encode()).hexdigest() for one in requests]
         missing = {key: one for key, one in zip(keys, requests, strict=True) if key not in self.known}
         self.asked += len(missing)
-        if self.spec.most is not None and self.asked > self.spec.most:
-            raise UserError(
-                f"--judge_most {self.spec.most}: {self.asked} answers are to be judged by now; raise it, or take "
-                "fewer answers",
-                everywhere=False,
-            )
+        if most is not None and self.asked > most:
+            what = f"--judge_most {most}: {self.asked} answers are to be judged by now"
+            raise UserError(f"{what}; raise it, or take fewer answers", everywhere=False)
         found: dict[str, float | str] = {}
         for key, reply in self.chat.replies(missing, lambda key: self.chat.ask(missing[key], _BLAME)):
             number = None if reply.lost else read_number(reply.text)
@@ -139,7 +106,7 @@ class Judge:
         # In one go: what an answer says is no place.
         content = _PLACE.sub(lambda match: texts[match[0]].strip(), self.template)
         messages = [{"role": "user", "content": content}]
-        return {"messages": messages, "temperature": 0, self.spec.limit_key: self.spec.max_new_tokens}
+        return {"messages": messages, "temperature": 0, self.config.judge_limit_key: self.config.judge_max_new_tokens}
 
     def _keep(self, key: str, number: float) -> None:
         self.known[key] = number

@@ -6,8 +6,6 @@ P prompts of a rollout, G answers of each.
                             answer with its latents marked, rewards, advantage, whether it was cut off
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections import defaultdict

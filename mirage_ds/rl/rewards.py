@@ -3,20 +3,19 @@
 n answers. Imports no torch. Functions run in worker processes (workers.py, functions.py); a judge is asked from here.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
+from mirage_ds.config.rl import RlSettings
 from mirage_ds.data.messages import HELPER_MARK
 from mirage_ds.errors import UserError, closest
 from mirage_ds.rl.functions import SHIPPED, Asked, Functions, Reward
-from mirage_ds.rl.judge import Judge, JudgeSpec
+from mirage_ds.rl.judge import Judge
 from mirage_ds.rl.workers import Lost, Workers
 from mirage_ds.tasks import own_name
 
@@ -98,12 +97,8 @@ class Rewards:
     """Scores answers. A context manager: its processes start when it is entered, and none is left when it is closed.
 
     Args:
-        names, weights: see read_rewards.
+        config: which functions, their weights and limits, and who judges.
         task: --task, whose scorer gives `accuracy`; else the record's own.
-        timeout_s: seconds that a function may take for a group.
-        workers: processes.
-        fault_share: --max_reward_faults: of the answers of one `score`, those that may lack a reward (rounded up).
-        judge: needed by the name `judge`.
         place: says where a row was read from.
         asked: whether somebody wants this process to stop; `check` and `score` then raise Stopped.
 
@@ -114,30 +109,27 @@ class Rewards:
 
     def __init__(
         self,
-        names: Sequence[str],
-        weights: Sequence[float] | None = None,
+        config: RlSettings,
         task: str | None = None,
-        timeout_s: float = 30.0,
-        workers: int = 2,
-        fault_share: float = 0.1,
-        judge: JudgeSpec | None = None,
         place: Callable[[int], str] = lambda row: f"record {row + 1}",
         asked: Callable[[], bool] = lambda: False,
     ):
-        self.weights = read_rewards(names, weights)
-        self.task, self.timeout_s, self.count, self.fault_share = task, timeout_s, workers, fault_share
-        self.place, self.asked = place, asked
-        if JUDGE in self.weights and judge is None:
+        self.weights = read_rewards(config.reward, config.reward_weights)
+        self.config, self.task, self.place, self.asked = config, task, place, asked
+        judged = JUDGE in self.weights
+        if judged and (config.judge_endpoint is None or config.judge_model_name is None):
             raise UserError("--reward judge: which server? give --judge_endpoint URL and --judge_model_name")
-        self.judge = Judge(judge) if judge is not None and JUDGE in self.weights else None
+        self.judge = Judge(config) if judged else None
         self.functions = [name for name in self.weights if name != JUDGE]
         self.workers: Workers | None = None
         # Functions as for TRL that want messages.
         self.messages: set[str] = set()
 
-    def __enter__(self) -> Rewards:
+    def __enter__(self) -> Self:
         if self.functions:
-            self.workers = Workers(Functions, (self.functions, self.task), self.timeout_s, self.count)
+            self.workers = Workers(
+                Functions, (self.functions, self.task), self.config.reward_timeout, self.config.reward_workers
+            )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -183,10 +175,9 @@ class Rewards:
         """Score answers.
 
         Raises:
-            UserError: more than `fault_share` of them went without a reward (this process alone knows), or the judge
-                refuses.
+            UserError: more of them than allowed went without a reward (this process alone knows), or the judge refuses.
         """
-        found = self._found(answers, [*self.weights], math.ceil(self.fault_share * len(answers)))
+        found = self._found(answers, [*self.weights], math.ceil(self.config.max_reward_faults * len(answers)))
         numbers = {
             name: [value if isinstance(value, float) else math.nan for value in values]
             for name, values in found.items()
@@ -214,10 +205,11 @@ class Rewards:
                     lost.add(at)
             if len(lost) > most:
                 row, which, sentence = self._faults(answers, found)[0]
+                what = f"{len(lost)} of {len(answers)} answers are without a reward, more than --max_reward_faults"
+                first = f"{self.place(row)}, {which}: {sentence}"
                 raise UserError(
-                    f"{len(lost)} of {len(answers)} answers are without a reward, more than --max_reward_faults "
-                    f"{self.fault_share:g} allows; the first: {self.place(row)}, {which}: {sentence}; fix the "
-                    "reward, or raise the share",
+                    f"{what} {self.config.max_reward_faults:g} allows; the first: {first}; fix the reward, or raise "
+                    "the share",
                     everywhere=False,
                 )
 

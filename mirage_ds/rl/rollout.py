@@ -7,8 +7,6 @@ Who decodes an answer plays no part: its draws hang on the run's seed, the rollo
 number. A prompt that stands twice in a rollout gets other answers at each place.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from math import isnan, nan
 from typing import NamedTuple
@@ -18,7 +16,7 @@ import torch
 
 from mirage_ds.config.rl import LatentPolicy
 from mirage_ds.data.loader import Rows
-from mirage_ds.data.sample import IGNORE, Sample
+from mirage_ds.data.sample import Sample
 from mirage_ds.engine.whole import whole_model
 from mirage_ds.errors import Stopped
 from mirage_ds.evaluate.decoder import seeds_of, tokens_and_feed
@@ -181,13 +179,4 @@ def sampled(row: int, made: Generated, logps: Sequence[float], tokens: LatentTok
 
 def row_of(prompt: Sample, answer: Sampled) -> Sample:
     """Put a prompt and an answer to it together: a row whose labels are the tokens that were drawn."""
-    start = len(prompt.input_ids)
-    ids = torch.tensor(answer.ids, dtype=torch.int64)
-    labels = torch.where(torch.tensor(answer.logps).isnan(), IGNORE, ids)
-    positions = prompt.position_ids.max() + 1 + torch.arange(len(ids))
-    return prompt._replace(
-        input_ids=torch.cat([prompt.input_ids, ids]),
-        labels=torch.cat([prompt.labels, labels]),
-        position_ids=torch.cat([prompt.position_ids, positions.expand(3, -1)], dim=1),
-        runs=tuple((start + at, k) for at, k in answer.blocks),
-    )
+    return prompt.answered(answer.ids, answer.blocks, ~torch.tensor(answer.logps).isnan())

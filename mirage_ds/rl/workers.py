@@ -5,8 +5,6 @@ process that was killed, and cannot end one call. A process here is a fresh Pyth
 what it is told, sees no GPU, since plan knows of no context there, and writes what it prints to standard error.
 """
 
-from __future__ import annotations
-
 import faulthandler
 import json
 import os

@@ -1,8 +1,9 @@
 """What a run can be refused for in a second, before any rank starts. Imports no torch."""
 
+import os
 import re
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import NamedTuple
 
 from mirage_ds.config.columns import Columns
@@ -10,7 +11,7 @@ from mirage_ds.config.extras import need_for
 from mirage_ds.config.run import HELPED, RunConfig, Stage
 from mirage_ds.data.folders import find_files
 from mirage_ds.data.images import ImageFinder
-from mirage_ds.data.record import RecordError, make_record
+from mirage_ds.data.record import blamed, make_record
 from mirage_ds.data.record_files import places, told
 from mirage_ds.data.sources import no_record
 from mirage_ds.engine.ds_config import read_json
@@ -19,6 +20,10 @@ from mirage_ds.files import check_log
 from mirage_ds.model.folder import read_targets, resolve_folder
 from mirage_ds.rl.rewards import read_rewards
 from mirage_ds.run import folder as run_folder
+
+# The name of a Unix socket has 107 bytes at most (sun_path of unix(7)), and multiprocessing calls those through which a
+# data worker hands on its tensors TMPDIR/pymp-xxxxxxxx/listener-xxxxxxxx.
+MOST_TMPDIR_BYTES = 107 - len("/pymp-xxxxxxxx/listener-xxxxxxxx")
 
 
 def check_beforehand(config: RunConfig, ranks: int) -> None:
@@ -29,6 +34,7 @@ def check_beforehand(config: RunConfig, ranks: int) -> None:
     """
     check_rows(config, ranks)
     check_outputs(config)
+    check_sockets(config)
     need_for(config)
     if config.latent_targets:
         read_targets(config.latent_targets)
@@ -73,6 +79,20 @@ def check_outputs(config: RunConfig) -> None:
         check_log(config.log_file, "--log_file")
 
 
+def check_sockets(config: RunConfig) -> None:
+    """Refuse a folder of temporary files in which data workers cannot make their sockets: their batches never arrive.
+
+    Raises:
+        UserError: names the folder, and how long its name may be.
+    """
+    place, workers = gettempdir(), config.num_workers
+    size = len(os.fsencode(place))
+    if workers and size > MOST_TMPDIR_BYTES:
+        what = f"--num_workers {workers}: workers hand on their rows through sockets in TMPDIR {place}"
+        how = f"its name has {size} bytes and may have {MOST_TMPDIR_BYTES}; set TMPDIR to a shorter one, such as /tmp"
+        raise UserError(f"{what}: {how}, or give --num_workers 0")
+
+
 class FirstLook(NamedTuple):
     """What a host needs of a source of records, as far as the first record shows it.
 
@@ -104,15 +124,13 @@ def first_look(source: Path, columns: Columns, image_root: Path | None, stage: S
         # Not resolved: a link may lead elsewhere on another host.
         folders = [one.absolute() for one in (files[first.file].parent, image_root, Path()) if one is not None]
         finder = ImageFinder(tuple(folders))
-        try:
+        with blamed(f"{files[first.file]}: "):
             record = make_record(first.row, first.line, True, Path(pictures), columns)
             if stage in HELPED:
                 record.need_helper(stage)
             named = record.images(helpers=stage is None or stage in HELPED)
             for name, path in named:
                 finder.size(record, name, path)
-        except RecordError as error:
-            raise UserError(f"{files[first.file]}: {error}") from None
         inside = Path(pictures).resolve()
         outside = [path for _, path in named if not Path(path).is_relative_to(inside)]
     return FirstLook(files, tuple(tuple(finder.places(path)) for path in outside))

@@ -19,7 +19,6 @@ import numpy as np
 
 from mirage_ds.config.columns import parse_columns
 from mirage_ds.config.mixture import Mixture, Records
-from mirage_ds.config.rl import JUDGE
 from mirage_ds.config.run import LOSSES, RunConfig, cache_folder
 from mirage_ds.data.encode import IMAGE_PAD, LATENT_TOKENS, Encoder
 from mirage_ds.data.features import KeptFeatures
@@ -41,7 +40,6 @@ from mirage_ds.model.load import check_vocabulary, read_config
 from mirage_ds.model.loss import StepCounts
 from mirage_ds.model.targets import Targets
 from mirage_ds.model.vision import FrozenTower
-from mirage_ds.rl.judge import JudgeSpec
 from mirage_ds.rl.rewards import Rewards
 from mirage_ds.run.features import keep_features
 from mirage_ds.tasks import seen_by_scorer
@@ -293,13 +291,6 @@ def make_evaluation(loader: Loader, index: Selection, latent_size: int) -> Evalu
     return Evaluation(loader, loader.planner.packed(np.arange(len(index.row_ids))), counts)
 
 
-def judge_of(config: RunConfig) -> JudgeSpec | None:
-    """Return who judges, None where nobody is named."""
-    if config.judge_endpoint is None or config.judge_model_name is None:
-        return None
-    return JudgeSpec(**{name.removeprefix("judge_"): getattr(config, name) for name in JUDGE})
-
-
 def open_rewards(run: Run, index: Selection) -> Rewards | None:
     """Start what scores sampled answers, on rank 0, and let it score each record's own answer. All ranks call it.
 
@@ -314,17 +305,7 @@ def open_rewards(run: Run, index: Selection) -> Rewards | None:
         return f"{found['file']}:{found['line']}"
 
     def open_on_rank_zero() -> None:
-        rewards = Rewards(
-            config.reward,
-            config.reward_weights,
-            config.task,
-            config.reward_timeout,
-            config.reward_workers,
-            config.max_reward_faults,
-            judge_of(config),
-            place,
-            run.asked,
-        )
+        rewards = Rewards(config, config.task, place, run.asked)
         opened.append(rewards.__enter__())
         # The ranks stop together, once the records are read.
         with suppress(Stopped):

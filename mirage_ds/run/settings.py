@@ -28,7 +28,7 @@ from mirage_ds.model.target_encoder import TargetEncoder, size_of
 from mirage_ds.model.targets import check_targets
 from mirage_ds.plan.settings import two_layers
 from mirage_ds.plan.shape import sizes, trained_parameters
-from mirage_ds.run.beforehand import check_outputs, check_rows
+from mirage_ds.run.beforehand import check_outputs, check_rows, check_sockets
 from mirage_ds.run.journal import Journal
 from mirage_ds.run.records import make_encoder, model_folders
 from mirage_ds.run.stop import StopRequest
@@ -93,6 +93,9 @@ def check_settings(run: Run) -> Checked:
     from_rank_zero(partial(need_for, config), world)
     check_rows(config, world.size)
     from_rank_zero(partial(check_outputs, config), world)
+    with shared_fate(world):
+        # Each host has a TMPDIR of its own.
+        check_sockets(config)
     json_path = config.deepspeed or ds.default_path("stage2" if config.recurrent else config.stage)
     ds_values = read_ds_values(config, json_path, world)
     folders = from_rank_zero(partial(model_folders, config, partial(run.journal.phase, "records")), world)

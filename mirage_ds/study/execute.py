@@ -7,8 +7,6 @@ next start leaves it alone and takes what it leaves. A place is the part of this
 runs. Imports no torch.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 import signal
@@ -18,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 from urllib.parse import quote
 
 from mirage_ds.cluster.environment import render
@@ -62,7 +60,7 @@ class Place(NamedTuple):
             return ", ".join(host.name for host in self.hosts)
         return "here" if self.devices is None else f"GPU {','.join(self.devices)}"
 
-    def of(self, node: Node) -> Place:
+    def of(self, node: Node) -> Self:
         """Return what of it a node uses: an evaluation is one process, on the first GPU of the first host."""
         if node.kind == "train":
             return self

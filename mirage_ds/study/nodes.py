@@ -6,8 +6,6 @@ parts of two chains are one node, a changed setting is another one, and a finish
 torch.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -16,8 +14,9 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
+import yaml
 from pydantic import ValidationError
 
 from mirage_ds.analysis.controls.spec import parse_names
@@ -33,27 +32,8 @@ from mirage_ds.study.spec import Arm, EvaluationSpec, Settings, StudySpec, arm_n
 
 Kind = Literal["train", "evaluate", "controls"]
 
-# What decides how, where or how safely a run computes, but not what (sums may differ in their last bits). Those of the
-# last two lines are hashed by content, under other names.
-MACHINE = OTHERWISE | frozenset(
-    """save_model_path load_model_path log_file resume overwrite report_to log_rows num_workers cache_dir feature_cache
-    feature_dir peak_tflops check_images start_timeout collective_timeout micro_batch_tokens micro_batch_size
-    micro_batch_patches allow_idle_ranks attention kernels gradient_checkpointing loss_chunk_mb save_every
-    keep_checkpoints async_save log_every profile_steps max_skipped_steps max_dropped_share max_bad_share confine_paths
-    eval_pictures latent_targets
-    model data_path eval_data_path image_root deepspeed
-    gradient_accumulation_steps global_batch_size""".split()  # noqa: SIM905
-)
-# Without a meaning in a stage: what its model is does not depend on them.
-IDLE = {
-    "sft": ["compress_strategy", "latent_loss", "helper_min_pixels", "helper_max_pixels", "detach_latents"],
-    "scaffold": ["compress_strategy", "latent_loss", "detach_latents"],
-    # How helpers become targets stays: the controls of its model feed them.
-    "stage2": ["latent_loss"],
-    "rl": ["latent_loss", "detach_latents", "reduction", "ce_weight"],
-}
-TARGETS = ("compress_strategy", "helper_min_pixels", "helper_max_pixels")
-PATHS = ("data_path", "image_root", "deepspeed", "eval_data_path", "cache_dir", "feature_dir")
+_TABLE = yaml.safe_load(Path(__file__).with_name("nodes.yaml").read_text(encoding="utf-8"))
+MACHINE = OTHERWISE.union(_TABLE["machine"].split(), _TABLE["content"].split())
 # Larger weight files are told apart by their ends: hashing 16 GB for each plan would take minutes.
 WHOLE_BYTES, END_BYTES = 1 << 30, 1 << 20
 
@@ -73,7 +53,7 @@ class Node:
 
     kind: Kind
     name: str
-    parent: Node | None
+    parent: Self | None
     config: RunConfig
     evaluation: EvaluationSpec | None
     material: Mapping[str, Any]
@@ -233,12 +213,12 @@ def make_config(settings: Settings, where: str, here: Path) -> RunConfig:
     """
     values = dict(settings)
     for name, given in settings.items():
-        if name in PATHS and given is not None:
+        if name in _TABLE["paths"].split() and given is not None:
             values[name] = [here / str(one) for one in given] if isinstance(given, list) else here / str(given)
     if values.get("model") is not None and (here / str(values["model"])).exists():
         values["model"] = str(here / str(values["model"]))
     stage, slots = str(values.get("stage")), values.get("slots")
-    idle = list(IDLE.get(stage, [])) + (list(RL_ONLY) if stage != "rl" else [])
+    idle = _TABLE["idle"].get(stage, "").split() + (list(RL_ONLY) if stage != "rl" else [])
     idle += ["feed"] if stage != "stage1" else [] if values.get("feed") == "own" else ["detach_latents"]
     if stage == "sft" and slots != "pause":
         idle.append("latent_size")
@@ -361,9 +341,8 @@ def _chain(spec: StudySpec, name: str, arm: Arm, varied: Settings, seed: Setting
         settings = settings_of(spec, stage, arm, varied, seed)
         if settings.get("stage") in ("stage2", "rl") and parent is not None and parent.config.stage != "sft":
             # Targets are those of the stage before, unless this one says otherwise.
-            settings = {field: getattr(parent.config, field) for field in TARGETS} | settings
+            settings = {field: getattr(parent.config, field) for field in _TABLE["targets"].split()} | settings
         if targets is not None and settings.get("stage") == "stage1":
-            settings["latent_targets"] = "targets"
         config = make_config(settings, where, here)
         node = _train_node(config, stage, parent, targets, here, on_cpu)
         # scaffold trains no model: what follows starts from what it started from.

@@ -10,18 +10,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    GetPydanticSchema,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, Field, GetPydanticSchema, PositiveInt, ValidationError, model_validator
 
 from mirage_ds.analysis.controls.spec import parse_names
 from mirage_ds.config.columns import COLUMNS_HELP, ColumnsText
@@ -60,7 +49,7 @@ def _is_there(path: Path) -> Path:
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = {"extra": "forbid", "frozen": True, "allow_inf_nan": False}
 
 
 class Arm(_Strict):
@@ -137,14 +126,14 @@ class ReportSpec(_Strict):
 
     primary: ContrastSpec | None = Field(None, description="The one contrast that the study was made for.")
     contrasts: list[ContrastSpec] = Field([], description="The others; their p-values are corrected together (Holm).")
-    margin: PositiveFloat = Field(0.02, description="A difference within ± this counts as none.")
+    margin: float = Field(0.02, gt=0, description="A difference within ± this counts as none.")
 
 
 class LaunchSpec(_Strict):
     """How the runs start."""
 
     ranks: PositiveInt = Field(1, description="Ranks of a training run on this machine (GPUs, where there are any).")
-    retries: NonNegativeInt = Field(1, description="How often a failed run is started again.")
+    retries: int = Field(1, ge=0, description="How often a failed run is started again.")
     keep_checkpoints: bool = Field(False, description="Leave finished runs their sharded checkpoints.")
     environment: dict[str, str] = Field({}, description="Environment variables of the runs.")
 

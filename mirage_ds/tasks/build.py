@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from mirage_ds.data.record import RecordError, make_record
 from mirage_ds.errors import UserError, shown
@@ -96,8 +96,7 @@ def print_counts(title: str, counts: Iterable[tuple[str, int | str]]) -> None:
     console = Console()
     if title:
         console.print(title, soft_wrap=True, highlight=False, markup=False)
-    table = Table("what")
-    table.add_column("count", justify="right")
+    table = Table("what", Column("count", justify="right"))
     for what, count in counts:
         table.add_row(what, str(count))
     console.print(table)

@@ -7,6 +7,7 @@ the plan; a rationale is split at that step.
 import random
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mirage_ds.errors import UserError
@@ -18,10 +19,7 @@ from mirage_ds.tasks.rationale import seen, sentences, with_helper
 from mirage_ds.tasks.render import state_picture
 
 # What the question adds where the answer has a rationale.
-_THINK = (
-    " You FIRST think about the reasoning process as an internal monologue and then provide the final answer."
-    " The reasoning process MUST BE enclosed within <think> </think> tags."
-)
+_THINK = Path(__file__).parent / "prompts" / "vsp-spatial-reasoning.think.txt"
 # In upper case, as an answer is read.
 _LETTER = re.compile(r"[\s({\[]*(?:\\TEXT\{\s*)?([ABC])(?![A-Z])")
 # Of the boards the builder draws few need more tries; a board without a hole never gives B.
@@ -91,7 +89,7 @@ class Reasoning(BoardTask):
 
         With direct answers the long one leaves out the sentences that ask for a rationale, which the answer lacks.
         """
-        think = _THINK if settings.answer == "cot" else ""
+        think = _THINK.read_text(encoding="utf-8").removesuffix("\n") if settings.answer == "cot" else ""
         return super().prompt(row, settings).replace("{plan}", ", ".join(row["plan"])).replace("{think}", think)
 
     def parse(self, text: str, row: Mapping[str, Any]) -> str | None:

@@ -124,3 +124,14 @@ def test_no_usable_row(nano: Path, mixed: Path, tmp_path: Path) -> None:
 def test_stage1_record_without_helper(nano: Path, mixed: Path, tmp_path: Path) -> None:
     said = "image_output: stage1 needs a helper image in 6 of 12 records, e.g. lines 3, 4, 7; add its path, or name"
     refused(dict(model=nano, stage="stage1", data_path=mixed), tmp_path, f"error: {mixed}: {said}")
+
+
+def test_a_name_of_tmpdir_that_sockets_cannot_have(
+    nano: Path, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Data workers would lose their batches, and their rank would wait for ever."""
+    place = tmp_path / ("x" * 75)
+    place.mkdir()
+    monkeypatch.setenv("TMPDIR", str(place))
+    sentence = f"TMPDIR {place}: its name has {len(str(place))} bytes and may have 75; set TMPDIR to a shorter one"
+    refused(dict(model=nano, stage="sft", data_path=mixed, num_workers=2), tmp_path, sentence)

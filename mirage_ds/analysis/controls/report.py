@@ -160,18 +160,13 @@ def check_same(files: Sequence[Path], one: dict[str, Any], other: dict[str, Any]
         UserError: says the first thing that differs.
     """
     pair = f"{files[0]} and {files[1]}"
-    columns = one.get("columns"), other.get("columns")
+    columns, counts = (one.get("columns"), other.get("columns")), (len(one["answers"]), len(other["answers"]))
     same = parse_columns(columns[0]) == parse_columns(columns[1])
     for what, a, b, how in (
         ("tasks", one["task"], other["task"], "only one task's answers can be paired"),
         ("data", one["hashes"]["data"], other["hashes"]["data"], "evaluate both on the same records file"),
         ("--columns", *((None, None) if same else columns), "evaluate both with the same"),
-        (
-            "numbers of answers",
-            len(one["answers"]),
-            len(other["answers"]),
-            "evaluate both with the same --most or --limit",
-        ),
+        ("numbers of answers", *counts, "evaluate both with the same --most or --limit"),
     ):
         if a != b:
             raise UserError(f"{pair}: of different {what} ({a}, {b}); {how}")

@@ -31,11 +31,9 @@ def mcnemar(one: Sequence[float], other: Sequence[float]) -> float:
 
 def holm(p: Sequence[float]) -> list[float]:
     """Adjust p-values for being several (Holm 1979), in the order given."""
-    adjusted, least = [1.0] * len(p), 0.0
-    for rank, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
-        least = max(least, min(1.0, (len(p) - rank) * p[i]))
-        adjusted[i] = least
-    return adjusted
+    order, adjusted = np.argsort(p, kind="stable"), np.empty(len(p))
+    adjusted[order] = np.maximum.accumulate(np.minimum(1.0, np.sort(p) * np.arange(len(p), 0, -1)))
+    return [float(one) for one in adjusted]
 
 
 def binomial(count: int, share: float) -> np.ndarray:

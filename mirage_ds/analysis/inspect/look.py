@@ -22,7 +22,7 @@ from mirage_ds.analysis.bench import Bench
 from mirage_ds.analysis.inspect import measure
 from mirage_ds.data.encode import IMAGE_PAD, Encoder
 from mirage_ds.data.record import Record
-from mirage_ds.data.sample import IGNORE, Sample
+from mirage_ds.data.sample import Sample
 from mirage_ds.model.attention import Ends, varlen_attention
 from mirage_ds.model.choose import check_finite
 from mirage_ds.model.forward import MirageModel
@@ -149,16 +149,7 @@ def decoded(bench: Bench, prompt: Sample) -> Thought:
         The row without the last token, which was never fed; `runs` is empty where the model opened none.
     """
     answer = generate(bench.model, bench.prompts([prompt]), bench.tokens, bench.limits)[0]
-    fed, prefix = len(answer.fed), len(prompt.input_ids)
-    ids = torch.tensor(answer.ids[:fed], dtype=torch.long)
-    onwards = prompt.position_ids.max() + 1 + torch.arange(fed)
-    row = prompt._replace(
-        input_ids=torch.cat([prompt.input_ids, ids]),
-        labels=torch.cat([prompt.labels, torch.full_like(ids, IGNORE)]),
-        position_ids=torch.cat([prompt.position_ids, onwards.expand(3, -1)], dim=1),
-        runs=tuple((prefix + start, k) for start, k in answer.blocks()),
-    )
-    return taught(bench, [row])[0]
+    return taught(bench, [prompt.answered(answer.ids[: len(answer.fed)], answer.blocks())])[0]
 
 
 class Seen(NamedTuple):

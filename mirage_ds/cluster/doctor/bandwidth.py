@@ -21,7 +21,7 @@ from typing import Any
 import click
 
 from mirage_ds.cluster.doctor.probe import say
-from mirage_ds.cluster.doctor.transport import Answer, Reach, ask_all
+from mirage_ds.cluster.doctor.transport import Answer, Reach, ask_all, faults
 from mirage_ds.cluster.guard.watch import Child
 from mirage_ds.cluster.hosts import Host
 from mirage_ds.engine.place import Place
@@ -48,14 +48,6 @@ SLOW_S = 0.3
 CPU_ELEMENTS, GPU_ELEMENTS = 4 << 20, 64 << 20
 # A host is slow when its best rate is below this share of the hosts' median.
 SLOW_SHARE = 0.5
-MEND_MEETING = (
-    "let the hosts reach {address} on any port: look at firewalls and at which address `hostname -I` gives first on "
-    "{first} (--master_addr chooses another)"
-)
-MEND_JOINING = (
-    "read that line; where ranks wait for each other, NCCL_SOCKET_IFNAME (on the CPU GLOO_SOCKET_IFNAME) has to name "
-    "the interface that the hosts share, and NCCL_DEBUG=INFO says which one is taken"
-)
 # What the guards say of a rank that did not come (guard.wire, guard.judge).
 UNREACHED, ABSENT = "was not reached within", "did not start within"
 # Two hosts, and bytes a second in each direction between them.
@@ -127,8 +119,9 @@ def _faults(hosts: Sequence[Host], answers: Sequence[Answer], address: str) -> d
     unreached = {one.host: one.fault for one in failed if UNREACHED in one.fault}
     absent = ABSENT in first.fault
     begun = {name: unreached.get(name, first.fault) for name in names} if absent or not unreached else unreached
-    meeting = MEND_MEETING.format(address=address, first=hosts[0].name)
-    return {name: (fault, meeting if absent or unreached else MEND_JOINING) for name, fault in begun.items()}
+    mends = faults()["ranks"]
+    meeting = mends["meeting"].format(address=address, first=hosts[0].name)
+    return {name: (fault, meeting if absent or unreached else mends["joining"]) for name, fault in begun.items()}
 
 
 def slow(pairs: Sequence[Pair]) -> tuple[dict[str, float], float]:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BaseModel, Field, PositiveFloat, PositiveInt
 
 from mirage_ds.config.columns import COLUMNS_HELP, ColumnsText
 from mirage_ds.config.mixture import records_of
@@ -10,10 +10,8 @@ from mirage_ds.config.run import Stage
 from mirage_ds.data.folders import paths_of
 
 
-class DoctorSpec(BaseModel):
+class DoctorSpec(BaseModel, extra="forbid", frozen=True, protected_namespaces=()):
     """What is looked at. The run's own flags keep their names and meaning; all are optional."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     hostfile: Path | None = Field(None, description="The hostfile of `deepspeed --hostfile`; hosts are asked over ssh.")
     slurm: bool = Field(False, description="Look at the nodes of the Slurm job that this is called in.")

@@ -17,7 +17,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NamedTuple
+
+import yaml
 
 from mirage_ds.cluster.doctor.probe import SIGN
 from mirage_ds.cluster.environment import as_exported
@@ -33,26 +36,9 @@ EXPORTED = ("PYTHON", "MLFLOW", "MV2", "UCX")
 GRACE_S = 1.0
 
 
-# What ssh or srun says when a host cannot be asked → (what it means, how to fix it). The first that fits counts.
-FAULTS = {
-    # A shell's exit codes for it, and srun's words.
-    r"exit code 12[67]|execve": (
-        "has no such interpreter",
-        "install the environment under the same path on every host, or on a disk that all see: {python}",
-    ),
-    "Host key verification failed": (
-        "host key is not known here, or has changed",
-        "ssh {host} once by hand; if its key has changed, find out why, then ssh-keygen -R {host} first",
-    ),
-    "Permission denied": (
-        "ssh key is refused",
-        "ssh-copy-id {host}; the key needs to have no passphrase, or to be in an ssh-agent",
-    ),
-    "": (
-        "gave no answer (exit code {code}): {last}",
-        "see whether {host} is up, and its name, address, cable and firewall; try {python} --version there",
-    ),
-}
+def faults() -> Any:
+    """Read faults.yaml: what goes wrong between hosts, and how to fix it."""
+    return yaml.safe_load(Path(__file__).with_name("faults.yaml").read_text(encoding="utf-8"))
 
 
 class Answer(NamedTuple):
@@ -115,8 +101,8 @@ def _fault(host: str, said: str, code: int, answered: bool) -> tuple[str, str]:
     last = (said.strip().splitlines() or ["it said nothing"])[-1]
     if answered:
         return (f"ended with exit code {code}: {last}", "read that line; it is the host's own") if code else ("", "")
-    what, mend = next(fault for words, fault in FAULTS.items() if re.search(words, f"{said}\nexit code {code}"))
-    return what.format(code=code, last=last), mend.format(host=host, python=sys.executable)
+    fault = next(one for one in faults()["asking"] if re.search(one["says"], f"{said}\nexit code {code}"))
+    return fault["what"].format(code=code, last=last), fault["mend"].format(host=host, python=sys.executable)
 
 
 def _end(*processes: subprocess.Popen[str]) -> None:

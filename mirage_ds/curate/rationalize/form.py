@@ -4,7 +4,10 @@ Tags and not JSON: models write `\boxed`, `\frac` and line breaks as they are, w
 """
 
 import re
+from pathlib import Path
 from typing import Literal, NamedTuple, Self
+
+import yaml
 
 from mirage_ds.chat import Reply
 from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, Record
@@ -14,16 +17,9 @@ from mirage_ds.tasks.boxed import last_boxed
 from mirage_ds.tasks.task import Task
 
 Outcome = Literal["accepted", "wrong answer", "no form", "empty part", "cut off", "refused", "no reply"]
-# Of a dropped reply: what the user reads of it at the end.
-MEANINGS: dict[Outcome, str] = {
-    "wrong answer": "the answer written is not the row's own",
-    "no form": "the reply has not the form that the prompt asks for",
-    "empty part": "a part around the helper has no words",
-    "cut off": "the reply ends at --max_new_tokens before its form is whole",
-    "refused": "the server will not answer this request",
-    "no reply": "the server failed; the same command asks again",
-}
-
+_TEXTS = yaml.safe_load(Path(__file__).with_name("form.yaml").read_text(encoding="utf-8"))
+# Of each outcome that drops a reply.
+MEANINGS: dict[Outcome, str] = _TEXTS["meanings"]
 
 _TAG = re.compile(r"</?(?:before|between|after|answer)>", re.IGNORECASE)
 _PART = re.compile(r"<(before|between|after|answer)>(.*?)</\1>", re.IGNORECASE | re.DOTALL)
@@ -37,14 +33,7 @@ def tags(helpers: int) -> list[str]:
 
 def described(helpers: int) -> str:
     """Write the form down for the model that is to keep to it."""
-    what = {
-        "before": "the reasoning before the helper image is looked at",
-        "between": "the reasoning between one helper image and the next",
-        "after": "the reasoning that follows from the helper image",
-        "answer": "the answer alone",
-    }
-    if helpers > 1:
-        what |= {"before": "the reasoning before the first helper image", "after": "that after the last one"}
+    what = _TEXTS["parts"] | (_TEXTS["of several"] if helpers > 1 else {})
     lines = [f"<{tag}>{what[tag]}</{tag}>" for tag in tags(helpers)]
     return "Reply with nothing but this, your text between the tags:\n" + "\n".join(lines)
 

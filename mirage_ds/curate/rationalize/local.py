@@ -19,7 +19,7 @@ from mirage_ds.curate.rationalize.journal import Job
 from mirage_ds.curate.rationalize.prompt import Questions
 from mirage_ds.data.encode import IMAGE_PAD, LATENT_TOKENS
 from mirage_ds.data.record import IMAGE_MARK, Record
-from mirage_ds.data.sample import IGNORE, Sample
+from mirage_ds.data.sample import Sample
 from mirage_ds.data.sources import content_hash
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.decoder import Decoding, Sampling, batches, decode_samples, load_decoder
@@ -74,12 +74,7 @@ class Local:
             sample = self.decoder.encoder.encode_prompt(asked, row)
         # The chat template ends the head of an answer with a line break; the encoder leaves it to who answers.
         ids = self.decoder.encoder.tokenizer("\n", add_special_tokens=False)["input_ids"]
-        positions = sample.position_ids[:, -1:] + torch.arange(1, len(ids) + 1)
-        return sample._replace(
-            input_ids=torch.cat([sample.input_ids, torch.tensor(ids)]),
-            labels=torch.cat([sample.labels, torch.full((len(ids),), IGNORE)]),
-            position_ids=torch.cat([sample.position_ids, positions], 1),
-        )
+        return sample.answered(ids)
 
     def _write(self, block: Sequence[int], number: int) -> list[Reply]:
         """Write to each row of a batch the reply of this number.

@@ -15,15 +15,7 @@ from mirage_ds.errors import UserError
 from mirage_ds.evaluate.scoring import RESAMPLES
 from mirage_ds.files import write_atomically
 from mirage_ds.study.report.contrasts import Report, contrasts, controls
-from mirage_ds.study.report.statistics import (
-    Column,
-    Draws,
-    Misfit,
-    Work,
-    column,
-    level_key,
-    line_up,
-)
+from mirage_ds.study.report.statistics import Column, Draws, Misfit, Work, column, level_key, line_up
 from mirage_ds.study.report.text import markdown, page, sheet
 from mirage_ds.study.results import SCORES, Cell, Results, StageResult
 

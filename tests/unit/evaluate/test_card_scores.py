@@ -119,5 +119,5 @@ def test_what_does_not_belong_to_it_is_refused(scored: tuple[Path, Path], model:
     card.write_text("mine")
     before = "mine"
     assert refused(scored[1]) == (
-        f"{card}: is no model card that mirage_ds wrote; name the folder of a trained or exported model"
+        f"{card}: is no model card of mirage_ds; name the folder of a trained or exported model"
     )

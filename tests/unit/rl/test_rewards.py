@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from support.chat_server import Answer as Reply
 from support.chat_server import Fake, said, served
 
 from mirage_ds import chat
+from mirage_ds.config.rl import RlSettings
 from mirage_ds.errors import Stopped, UserError
 from mirage_ds.rl.functions import Asked, OwnFunction, answer_format
-from mirage_ds.rl.judge import Judge, JudgeSpec, read_number
+from mirage_ds.rl.judge import Judge, read_number
 from mirage_ds.rl.rewards import Answer, Rewards, Scored, read_rewards
 
 OWN = r'''
@@ -115,8 +116,12 @@ def modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def by_text(modules: Path) -> Iterator[Rewards]:
-    with Rewards(["own_rewards:by_text"], timeout_s=0.7, workers=1, fault_share=1.0) as rewards:
+    with opened(["own_rewards:by_text"], reward_timeout=0.7, reward_workers=1, max_reward_faults=1.0) as rewards:
         yield rewards
+
+
+def opened(names: list[str], asked: Callable[[], bool] = lambda: False, **settings: Any) -> Rewards:
+    return Rewards(RlSettings(reward=names, **settings), asked=asked)
 
 
 def answers(*texts: str, row: int = 7, **record: Any) -> list[Answer]:
@@ -176,7 +181,7 @@ def test_order_groups_weights_and_columns(modules: Path) -> None:
         answers("b", row=1, **record)[0]._replace(place=1),
     ]
     names = ["first*0.5", "minus*0", "as_text*0.25", "as_message", "passes*0"]
-    with Rewards([f"own_rewards:{name}" for name in names], timeout_s=20, workers=2) as rewards:
+    with opened([f"own_rewards:{name}" for name in names], reward_timeout=20, reward_workers=2) as rewards:
         rewards.check(dict(enumerate([record | {"text_output": "b"}])))
         scored = rewards.score(given)
     first, minus, text, message, passes = scored.by_function.values()
@@ -199,7 +204,7 @@ def test_the_papers_rewards(modules: Path) -> None:
         r"<think> x \boxed{B": 0.0,
         "": 0.0,
     }
-    with Rewards(["accuracy*.9", "format*.1"], workers=1) as rewards:
+    with opened(["accuracy*.9", "format*.1"], reward_workers=1) as rewards:
         rewards.check(dict(enumerate([record])))
         scored = rewards.score(answers(*texts, **record))
         assert scored.total == pytest.approx(list(texts.values()))
@@ -214,23 +219,22 @@ def test_the_papers_rewards(modules: Path) -> None:
 
 
 @pytest.mark.parametrize(("share", "bad", "ends"), [(0.0, 1, True), (0.1, 1, False), (0.1, 2, True), (0.5, 2, False)])
-def test_the_share_of_faults(by_text: Rewards, share: float, bad: int, ends: bool) -> None:
-    by_text.fault_share = share
-    try:
-        given = answers(*["nan"] * bad, *["abcd"] * (4 - bad), row=3)
-        if not ends:
-            assert len(by_text.score(given).faults) == bad
-            return
-        with pytest.raises(UserError) as caught:
-            by_text.score(given)
-        assert re.fullmatch(
-            rf"{bad} of 4 answers are without a reward, more than --max_reward_faults {share:g} allows; the first: "
-            r"record 4, own_rewards:by_text: returns nan, no number; fix the reward, or raise the share",
-            str(caught.value),
-        )
-        assert not caught.value.everywhere
-    finally:
-        by_text.fault_share = 1.0
+def test_the_share_of_faults(
+    by_text: Rewards, share: float, bad: int, ends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(by_text.config, "max_reward_faults", share)
+    given = answers(*["nan"] * bad, *["abcd"] * (4 - bad), row=3)
+    if not ends:
+        assert len(by_text.score(given).faults) == bad
+        return
+    with pytest.raises(UserError) as caught:
+        by_text.score(given)
+    assert re.fullmatch(
+        rf"{bad} of 4 answers are without a reward, more than --max_reward_faults {share:g} allows; the first: "
+        r"record 4, own_rewards:by_text: returns nan, no number; fix the reward, or raise the share",
+        str(caught.value),
+    )
+    assert not caught.value.everywhere
 
 
 @pytest.mark.parametrize(
@@ -278,11 +282,11 @@ def test_a_function_that_cannot_be_used(modules: Path, name: str, sentence: str)
 def test_it_is_told_before_anything_starts(modules: Path) -> None:
     """A process that cannot import is told on entering; a function that is never right by `check`; none is left."""
     before = started()
-    with pytest.raises(UserError, match="own_rewards has no function nothing"), Rewards(["own_rewards:nothing"]):
+    with pytest.raises(UserError, match="own_rewards has no function nothing"), opened(["own_rewards:nothing"]):
         pass
     with pytest.raises(UserError, match="--reward judge: which server"):
-        Rewards(["judge"])
-    with Rewards(["own_rewards:needs", "own_rewards:always_wrong"], workers=1) as rewards:
+        opened(["judge"])
+    with opened(["own_rewards:needs", "own_rewards:always_wrong"], reward_workers=1) as rewards:
         with pytest.raises(UserError, match=r"tried with record 1: .* missing a required argument: 'other'"):
             rewards.check(dict(enumerate([{"text_output": "b", "solution": "b"}])))
         with pytest.raises(UserError, match=r"'own_rewards:always_wrong', .*: returns 'good', no number; fix it"):
@@ -301,7 +305,7 @@ def started() -> set[int]:
 def test_an_error_ends_what_still_runs(modules: Path) -> None:
     """The other process hangs: it is not waited for, what it was at never comes up again, and none is left."""
     before = started()
-    with Rewards(["own_rewards:by_text"], timeout_s=30, workers=2, fault_share=0.0) as rewards:
+    with opened(["own_rewards:by_text"], reward_timeout=30, reward_workers=2, max_reward_faults=0.0) as rewards:
         begun = time.monotonic()
         # Whoever keeps the error keeps all that the call held.
         with pytest.raises(UserError, match=r"record 3, .* returns nan") as kept:
@@ -314,18 +318,18 @@ def test_an_error_ends_what_still_runs(modules: Path) -> None:
 
 def test_a_request_to_stop_waits_for_no_reward(modules: Path, server: Fake) -> None:
     looks, before = iter([False, False, True, True, True]), started()
-    own = Rewards(["own_rewards:by_text"], timeout_s=30, workers=1, asked=lambda: next(looks))
+    own = opened(["own_rewards:by_text"], reward_timeout=30, reward_workers=1, asked=lambda: next(looks))
     with own as rewards, pytest.raises(Stopped):
         rewards.score(answers("hang", row=1))
     assert started() == before
-    with Rewards(["judge"], judge=spec(server, parallel=1), asked=lambda: True) as rewards, pytest.raises(Stopped):
+    with opened(["judge"], **judged(server, parallel=1), asked=lambda: True) as rewards, pytest.raises(Stopped):
         rewards.score(answers("1", "slow", "0"))
     assert len(server.seen) < 3
 
 
 def test_torch_where_the_user_has_it(modules: Path) -> None:
     """A module may bring torch, and return its numbers; the time of the import is none of the call's."""
-    with Rewards(["torch_rewards:half"], timeout_s=5, workers=1, fault_share=0.0) as rewards:
+    with opened(["torch_rewards:half"], reward_timeout=5, reward_workers=1, max_reward_faults=0.0) as rewards:
         assert rewards.score(answers("a", "b")).total == [0.5, 0.5]
 
 
@@ -333,8 +337,9 @@ def test_torch_where_the_user_has_it(modules: Path) -> None:
 def test_no_process_outlives_a_killed_run(modules: Path, text: str) -> None:
     """kill -9 of the trainer, whatever a worker is at: both workers are gone at once, and what they have started."""
     script = f"""
+from mirage_ds.config.rl import RlSettings
 from mirage_ds.rl.rewards import Answer, Rewards
-with Rewards(["own_rewards:by_text"], timeout_s=60, workers=2) as rewards:
+with Rewards(RlSettings(reward=["own_rewards:by_text"], reward_timeout=60)) as rewards:
     print(*(worker.process.pid for worker in rewards.workers.workers), flush=True)
     rewards.score([Answer(0, {{}}, "{text}", (), False)])
     print("scored", flush=True)
@@ -387,8 +392,10 @@ def reply(request: dict[str, Any]) -> Reply:
     return replies[told] if told in replies else said(f"Well.\n{told}")
 
 
-def spec(server: Fake, **values: Any) -> JudgeSpec:
-    return JudgeSpec(server.url, "judge-7b", **{"timeout": 0.2, "tries": 2, "parallel": 2, **values})
+def judged(server: Fake, **values: Any) -> dict[str, Any]:
+    """Settings of a judge."""
+    own = {"endpoint": server.url, "model_name": "judge-7b", "timeout": 0.2, "tries": 2, "parallel": 2, **values}
+    return {f"judge_{name}": value for name, value in own.items()}
 
 
 @pytest.mark.parametrize(
@@ -403,7 +410,7 @@ def test_the_number_of_a_reply(text: str, number: float | None) -> None:
 def test_a_judge_that_misbehaves(server: Fake) -> None:
     record = {"text_input": "Where is <image> {answer}?", "text_output": "Here. {question}"}
     given = answers("0.5", "busy", "broken", "slow", "rubbish", "who knows", "1", row=4, **record)
-    with Rewards(["judge*2"], fault_share=1.0, judge=spec(server)) as rewards:
+    with opened(["judge*2"], max_reward_faults=1.0, **judged(server)) as rewards:
         rewards.check(dict(enumerate([{"text_output": "1"}])))
         del server.seen[:]
         scored = rewards.score(given)
@@ -424,7 +431,7 @@ def test_a_judge_that_misbehaves(server: Fake) -> None:
 def test_what_was_judged_is_not_asked_again(server: Fake, tmp_path: Path) -> None:
     """Neither in the same call nor in a later run, whatever a kill has left of a line; a failure is asked again."""
     for expected in (4, 5):
-        judge = Judge(spec(server, cache=tmp_path / "judged"))
+        judge = Judge(RlSettings(**judged(server, cache=tmp_path / "judged")))
         given = [({"text_input": "?"}, text) for text in ("0.5", "1", "0.5", "broken")]
         assert [one if isinstance(one, float) else "" for one in judge.rewards(given)] == [0.5, 1.0, 0.5, ""]
         assert len(server.seen) == expected + (expected == 5)
@@ -448,5 +455,5 @@ def test_what_ends_the_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own_prompt.txt").write_text("{question} {reference} {answer} {answer}")
-    with pytest.raises(UserError, match=sentence), Rewards(["judge"], judge=spec(server, **values)) as rewards:
+    with pytest.raises(UserError, match=sentence), opened(["judge"], **judged(server, **values)) as rewards:
         rewards.score(answers(text, "1"))
