@@ -343,6 +343,7 @@ def _chain(spec: StudySpec, name: str, arm: Arm, varied: Settings, seed: Setting
             # Targets are those of the stage before, unless this one says otherwise.
             settings = {field: getattr(parent.config, field) for field in _TABLE["targets"].split()} | settings
         if targets is not None and settings.get("stage") == "stage1":
+            settings["latent_targets"] = "targets"
         config = make_config(settings, where, here)
         node = _train_node(config, stage, parent, targets, here, on_cpu)
         # scaffold trains no model: what follows starts from what it started from.
