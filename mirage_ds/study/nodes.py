@@ -57,10 +57,10 @@ class Node:
     config: RunConfig
     evaluation: EvaluationSpec | None
     material: Mapping[str, Any]
-    targets: Node | None = None
+    targets: Self | None = None
 
     @property
-    def needs(self) -> list[Node]:
+    def needs(self) -> list[Self]:
         """The nodes that are done before it."""
         return list(filter(None, (self.parent, self.targets)))
 
