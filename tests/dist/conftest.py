@@ -31,7 +31,7 @@ def shared_group() -> Iterator[Group]:
 
 @pytest.fixture(scope="module")
 def group(shared_group: Group) -> Iterator[Group]:
-    """Two ranks for the tests of a worker: a start of both costs ten seconds. What tests leave in them is bounded."""
+    """Two ranks for the tests of a worker: a first engine costs each a second. What tests leave in them is bounded."""
     yield shared_group
     if shared_group.memory() > MOST_BYTES:
         shared_group.stop()

@@ -125,9 +125,7 @@ class Template:
                 for number, name in ((1, "stdout"), (2, "stderr")):
                     os.dup2(files[number], number)
                     setattr(sys, name, os.fdopen(number, "w", 1, closefd=False))
-                pipe = Connection(files[0])
-                with contextlib.suppress(EOFError):
-                    _serve(pipe, *pipe.recv())
+                _told(Connection(files[0]))
 
 
 @contextlib.contextmanager
@@ -147,6 +145,21 @@ def template() -> Template:
     return Template()
 
 
+def _fresh_rank() -> tuple[psutil.Process, Connection]:
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=_told, args=(theirs,), daemon=True)
+    process.start()
+    theirs.close()
+    assert process.pid is not None
+    return psutil.Process(process.pid), ours
+
+
+def _told(pipe: Connection) -> None:
+    """Be the rank that one is told to be."""
+    with contextlib.suppress(EOFError):
+        _serve(pipe, *pipe.recv())
+
+
 class GroupFailure(AssertionError):
     """A rank raised, ended or hung; the group has been killed."""
 
@@ -157,14 +170,15 @@ class Group:
     After a failure the ranks no longer agree on what comes next, so the group is killed and the next call starts anew.
     """
 
-    def __init__(self, size: int = 2):
-        self.size = size
+    def __init__(self, size: int = 2, fresh: bool = False):
+        """`fresh`: ranks import all themselves, under the environment of their start, as one on a GPU must."""
+        self.size, self.fresh = size, fresh
         self.ranks: list[tuple[psutil.Process, Connection]] = []
 
     def start(self) -> None:
         port = free_port()
         for rank in range(self.size):
-            process, pipe = template().rank()
+            process, pipe = _fresh_rank() if self.fresh else template().rank()
             pipe.send((rank, self.size, port, dict(os.environ)))
             self.ranks.append((process, pipe))
 
