@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
+import importlib
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -26,6 +29,22 @@ from support.pictures import noise
 from support.records import write_jsonl
 
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+
+
+def pytest_collection(session: pytest.Session) -> None:
+    """In a worker of several, import a share of the test files first: each writes other byte code and reads the rest.
+
+    Else all would rewrite the same file's asserts at the same time, where no byte code is kept yet.
+    """
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    count = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if count > 1 and not sys.dont_write_bytecode:
+        roots = [session.config.invocation_params.dir / name.split("::")[0] for name in session.config.args]
+        for file in sorted(file for root in roots for file in root.rglob("test_*.py"))[number::count]:
+            sys.path.insert(0, str(file.parent))
+            # What is wrong with it is said where it is collected.
+            with contextlib.suppress(Exception, pytest.skip.Exception):
+                importlib.import_module(file.stem)
 
 
 def pytest_collection_finish() -> None:

@@ -136,7 +136,7 @@ def environment(cpu: bool) -> dict[str, str]:
         "OMP_NUM_THREADS": "1" if cpu else "4",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
-        # The tests' server of ranks may look for GPUs before it forks, but not start CUDA.
+        # A process that forks later may look for GPUs, but not start CUDA.
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
         "TMPDIR": fast,

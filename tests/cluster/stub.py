@@ -64,7 +64,7 @@ def do(fault: str) -> None:
     if fault == "exit":
         sys.exit(7)
     if fault == "user":
-        print("error: a mistake", file=sys.stderr, flush=True)
+        print("error: a mistake\n", end="", file=sys.stderr, flush=True)
         os._exit(2)
     if fault == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -108,7 +108,8 @@ def main() -> None:
             do(options.fault)
         time.sleep(options.seconds)
         if rank == 0:
-            print(f"step {step}", flush=True)
+            # In one write, also where Python does not buffer: the other rank's line may come between two.
+            print(f"step {step}\n", end="", flush=True)
             (options.out / "step").write_text(str(step))
         if faulty and options.fault == "skip":
             where.at("exchanges losses", step, COLLECTIVE)

@@ -7,11 +7,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.group import Group
+from support.group import Group, template
 from support.models import make_nano
 
 # Of one rank: engines that were not destroyed, compiled code, caches. DeepSpeed collects garbage in every step.
 MOST_BYTES = 3 << 29
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Copy this process for the ranks, before a test runs in it."""
+    if not session.config.option.collectonly and any(
+        Path(__file__).parent in item.path.parents for item in session.items
+    ):
+        template()
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +31,7 @@ def shared_group() -> Iterator[Group]:
 
 @pytest.fixture(scope="module")
 def group(shared_group: Group) -> Iterator[Group]:
-    """Two ranks for the tests of a worker: a start of both costs ten seconds. What tests leave in them is bounded."""
+    """Two ranks for the tests of a worker: a first engine costs each a second. What tests leave in them is bounded."""
     yield shared_group
     if shared_group.memory() > MOST_BYTES:
         shared_group.stop()

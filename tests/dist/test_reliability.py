@@ -17,8 +17,8 @@ from test_resume import BASE, STEPS
 
 from mirage_ds import train
 from mirage_ds.config.run import RunConfig
-from mirage_ds.engine.checkpoint import CheckpointWriter
-from mirage_ds.engine.manifest import MANIFEST
+from mirage_ds.engine.checkpoint import CheckpointWriter, newest_whole
+from mirage_ds.engine.manifest import MANIFEST, candidates
 from mirage_ds.errors import Stopped, UserError
 from mirage_ds.run.settings import Run
 
@@ -182,7 +182,19 @@ def garble(checkpoint: Path) -> str:
 
 
 @pytest.mark.parametrize("harm", [cut, flip, delete, unlist, garble])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
+def test_a_damaged_checkpoint_is_named_and_the_one_before_found(harm: Callable[[Path], str], stopped: Path) -> None:
+    newest = stopped / "run/checkpoints/global_step4"
+    said = harm(newest)
+    found = newest_whole(newest.parent)
+    assert found is not None
+    assert found.place == newest.with_name("global_step2")
+    assert len(found.passed_over) == 1
+    assert found.passed_over[0].startswith(f"{newest} is damaged: {said}")
+
+
+# Of a file that one of the ranks reads, and of the manifest that both do.
+@pytest.mark.parametrize("harm", [flip, unlist])
+def test_ranks_name_a_damaged_checkpoint_alike_and_use_the_one_before(
     harm: Callable[[Path], str], group: Group, base: dict[str, Any], whole: Path, stopped: Path
 ) -> None:
     newest = stopped / "run/checkpoints/global_step4"
@@ -195,14 +207,28 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
     equal(stopped, whole)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe", b"global_step9", b"../elsewhere"])
-def test_a_lost_or_wrong_latest_is_no_loss(
-    content: bytes | None, group: Group, base: dict[str, Any], whole: Path, stopped: Path
-) -> None:
-    latest = stopped / "run/checkpoints/latest"
+LATEST = (None, b"", b"\xff\xfe", b"global_step9", b"../elsewhere")
+
+
+def write_latest(checkpoints: Path, content: bytes | None) -> Path:
+    latest = checkpoints / "latest"
     latest.unlink()
     if content is not None:
         latest.write_bytes(content)
+    return latest
+
+
+@pytest.mark.parametrize("content", LATEST)
+def test_a_lost_or_wrong_latest_hides_no_checkpoint(content: bytes | None, stopped: Path) -> None:
+    latest = write_latest(stopped / "run/checkpoints", content)
+    assert [place.name for place in candidates(latest.parent)] == ["global_step4", "global_step2"]
+
+
+@pytest.mark.parametrize("content", [LATEST[0], LATEST[-1]])
+def test_a_lost_or_wrong_latest_is_no_loss(
+    content: bytes | None, group: Group, base: dict[str, Any], whole: Path, stopped: Path
+) -> None:
+    latest = write_latest(stopped / "run/checkpoints", content)
     # What a killed writer leaves is no checkpoint, and is cleared away.
     unfinished = latest.with_name(".global_step6.partial")
     shutil.copytree(latest.with_name("global_step4"), unfinished)

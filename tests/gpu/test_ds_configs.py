@@ -33,7 +33,7 @@ def helped(mixed: Path) -> Path:
 def taker(nano: Path, mixed: Path, helped: Path, scratch: Path) -> Iterator[Take]:
     """Steps on one rank in a process of its own; after a failure the next gets a new process."""
     use_folder()
-    group = Group(1)
+    group = Group(1, fresh=True)
 
     def run(name: str, stage: str) -> Stepped:
         settings = SETTINGS | dict(

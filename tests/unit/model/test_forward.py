@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.families import OTHERS, deep_inputs, write
+from support.pairs import pairwise
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -350,8 +351,16 @@ def other(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return folder
 
 
-@pytest.mark.parametrize("train_vision", [False, True])
-@pytest.mark.parametrize(("stage", "rows"), [("sft", ROWS), ("stage1", HELPED), ("stage2", ROWS)])
+@pytest.mark.parametrize(
+    ("other", "stage", "rows", "train_vision"),
+    pairwise(
+        (family, *case, train_vision)
+        for family in OTHERS
+        for case in (("sft", ROWS), ("stage1", HELPED), ("stage2", ROWS))
+        for train_vision in (False, True)
+    ),
+    indirect=["other"],
+)
 def test_another_family_equals_its_oracle(other: Path, mixed: Path, stage: str, rows: tuple, train_vision) -> None:
     compare(Task(other, mixed, stage, 2), rows, "sample", train_vision=train_vision)
 

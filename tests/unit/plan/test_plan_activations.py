@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from support.pairs import pairwise
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mirage_ds.data.batch import Batch, collate
@@ -168,16 +169,17 @@ DTYPES = {
 CHUNK_BYTES = 1 << 16
 # Layers are not checkpointed; checkpointed but in thin passes; checkpointed in all; a last pass with its own backward.
 WAYS = ("whole", "resident", "released", "split")
-every_case = pytest.mark.parametrize(
-    ("name", "stage", "k", "dtype", "way"),
-    [
-        (name, stage, k, dtype, way)
-        for name, dtypes in DTYPES.items()
-        for stage, k in CASES
-        if k < 4 or name in ("nano", "mid")
-        for dtype in dtypes
-        for way in WAYS[: 4 if stage == "stage2" else 2]
-    ],
+EVERY = [
+    (name, case, dtype, way)
+    for name, dtypes in DTYPES.items()
+    for case in CASES
+    if case[1] < 4 or name in ("nano", "mid")
+    for dtype in dtypes
+    for way in WAYS[: 4 if case[0] == "stage2" else 2]
+]
+# Each two of model, stage with k, dtype and way meet.
+every_pair = pytest.mark.parametrize(
+    ("name", "stage", "k", "dtype", "way"), [(name, *case, dtype, way) for name, case, dtype, way in pairwise(EVERY)]
 )
 
 
@@ -220,7 +222,7 @@ def measure(name: str, stage: str, k: int, dtype: torch.dtype, way: str) -> Meas
     return Measured(sum(saved.values()), alive, live.peak, live.now)
 
 
-@every_case
+@every_pair
 def test_saved_is_what_hooks_count(name: str, stage: str, k: int, dtype: torch.dtype, way: str) -> None:
     micro = micro_of(name, batch_of(name, stage, k, dtype), stage, dtype, way)
     # The head keeps the gradients that it makes, and a cut what it cuts, out of the hooks' sight. They are alive (next
@@ -238,13 +240,13 @@ def test_saved_is_what_hooks_count(name: str, stage: str, k: int, dtype: torch.d
     assert measure(name, stage, k, dtype, way).hooked == total(terms)
 
 
-@every_case
+@every_pair
 def test_saved_is_what_stays_alive(name: str, stage: str, k: int, dtype: torch.dtype, way: str) -> None:
     computed = total(saved_terms(micro_of(name, batch_of(name, stage, k, dtype), stage, dtype, way)))
     assert measure(name, stage, k, dtype, way).alive == pytest.approx(computed, rel=0.002)
 
 
-@every_case
+@every_pair
 def test_height_is_what_was_alive(name: str, stage: str, k: int, dtype: torch.dtype, way: str) -> None:
     batch = batch_of(name, stage, k, dtype)
     micro = micro_of(name, batch, stage, dtype, way)
