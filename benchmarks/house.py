@@ -51,8 +51,8 @@ ROOMS = {
     # 30: the first look at a source, for the doctor; stage2 without latents.
     # 85: an encoder trained, saved and noted; its targets kept; a file more.
     "run": 2000,
-    # 30: a frozen model and an encoder; own states.
-    "plan": 1270,
+    # 30: a frozen model and an encoder; own states. 10: heads that latents are drawn by, a rollout's recorded latents.
+    "plan": 1280,
     # 10: batches with learned targets.
     "evaluate": 990,
     # The table of other trainers' names (100 lines, nearly all of them data), and `config import` (330).
@@ -76,7 +76,7 @@ ROOMS = {
     # The client of OpenAI-compatible servers, out of curate, for judges too.
     "chat": 150,
 }
-TOTAL = 25_090
+TOTAL = 25_110
 FILE_LINES, FUNCTION_LINES = 400, 80
 # 101: a study asks tasks for the level of a record, where it had a copy of that function. 103: replay shows tables.
 # 124: serve 6, rl and chat 15. 126: serve takes the conditions of controls, a study shows rollouts.
