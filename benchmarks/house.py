@@ -44,10 +44,13 @@ ROOMS = {
     # 30 of them tell a quantised checkpoint by its tensor names, and a prefix before them. 260: layers.py, the passes'
     # gradients. 340: continuous decoding (kv_cache, choose, slots, latent_generate); 100: tower, head, kernels.
     # 205: learned targets: the encoder (70), its folder and use (100), own states fed in stage1.
-    "model": 2810,
+    "model": 2820,
     # 30: the first look at a source, for the doctor; stage2 without latents.
-    "run": 1990,
-    "plan": 1240,
+    # 85: an encoder trained, saved and noted; its targets kept; a file more.
+    "run": 2000,
+    # 30: a frozen model and an encoder; own states. 10: heads that latents are drawn by, a rollout's recorded latents.
+    "plan": 1260,
+    # 10: batches with learned targets.
     "evaluate": 980,
     # The table of other trainers' names (100 lines, nearly all of them data), and `config import` (330).
     # Help under headings, one way to a run's settings: 25.
@@ -69,7 +72,7 @@ ROOMS = {
     # The client of OpenAI-compatible servers, out of curate, for judges too.
     "chat": 150,
 }
-TOTAL = 24_910
+TOTAL = 24_940
 FILE_LINES, FUNCTION_LINES = 400, 80
 # 101: a study asks tasks for the level of a record, where it had a copy of that function. 103: replay shows tables.
 # 124: serve 6, rl and chat 15. 126: serve takes the conditions of controls, a study shows rollouts.

@@ -104,19 +104,26 @@ def _backward(engine: Any, loss: torch.Tensor, earlier: torch.Tensor | None) -> 
         engine.backward(loss)
         return
     optimizer, at_boundary = engine.optimizer, engine.is_gradient_accumulation_boundary()
-    for name in GRADIENT_SUMS:
-        # A step's first backward overwrites these sums, its others add. One of two leaves out what only the other has,
-        # the embedding and the tower, whose sums would still be the last step's.
-        if getattr(optimizer, "micro_step_id", 0) <= 0:
-            for total in getattr(optimizer, name, {}).values():
-                total.zero_()
-    engine.set_gradient_accumulation_boundary(False)
+    # At the boundary ZeRO-0 and 1 reduce, once; an offloaded ZeRO-3 hands its optimizer the sums of what a backward
+    # reaches, of a head of its own in this one alone.
+    engine.set_gradient_accumulation_boundary(at_boundary and engine.zero_optimization_stage() == 3)
     engine.backward(loss)
     # ZeRO-3 takes all backwards of a forward for one, and would put this one's gradients in place of the others'.
     if hasattr(optimizer, "clear_backward_seen_flag"):
         optimizer.clear_backward_seen_flag()
     engine.set_gradient_accumulation_boundary(at_boundary)
     engine.backward(earlier)
+
+
+def empty_sums(engine: Any) -> None:
+    """Empty what a step's gradients were summed in, once the optimizer has stepped.
+
+    A step's first backward overwrites these sums, its others add. What the first one does not reach would begin with
+    the last step's: of two backwards the embedding and the tower, which only the second one has.
+    """
+    for name in GRADIENT_SUMS:
+        for total in getattr(engine.optimizer, name, {}).values():
+            total.zero_()
 
 
 def host_copy(state: Any) -> Any:

@@ -6,6 +6,7 @@ features, H hidden, V vocabulary.
 It walks transformers' own decoder layers; weights, names and files stay those of its whole models (family.py).
 """
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -92,6 +93,8 @@ class Forward:
         kernels: "liger", or None for transformers' own norms and MLPs (kernels.py).
         split: stage2's last pass has a backward of its own (LossSums.earlier).
         own: stage1 feeds the model's own states at the latents (--feed own), in stage2's passes.
+        others: parameters that the earlier passes' backward does not reach and gives zeros to, for an optimizer that
+            takes of a step's gradients only what the last backward reaches (ZeRO-2, offloaded).
         train_targets: stage1's cross-entropy also reaches a trained tower through the targets that stand as inputs.
     """
 
@@ -105,6 +108,7 @@ class Forward:
     split: bool = False
     kernels: str | None = None
     own: bool = False
+    others: Sequence[nn.Parameter] = ()
 
 
 class MirageModel(nn.Module):
@@ -228,7 +232,7 @@ class MirageModel(nn.Module):
         self, batch: Batch, embeddings: torch.Tensor, deep: Deep | None
     ) -> tuple[list[torch.Tensor], torch.Tensor, Cut | None]:
         """Return the hidden states of each pass, those before labels (M, H), and where the graph was cut."""
-        cut = Cut() if self.how.split and len(batch.passes) > 1 and torch.is_grad_enabled() else None
+        cut = Cut(self.how.others) if self.how.split and len(batch.passes) > 1 and torch.is_grad_enabled() else None
         hidden = run_passes(
             self.language_model,
             self.layers,

@@ -219,11 +219,13 @@ class _After(torch.autograd.Function):
 
 
 class _HandOn(torch.autograd.Function):
-    """Gives tensors the gradients that leaves cut from them have got meanwhile."""
+    """Gives tensors the gradients that leaves cut from them have got meanwhile, and zeros to parameters behind them."""
 
     @staticmethod
-    def forward(ctx: Any, leaves: Sequence[torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
-        ctx.leaves = leaves
+    def forward(
+        ctx: Any, leaves: Sequence[torch.Tensor], others: Sequence[torch.Tensor], *tensors: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.leaves, ctx.others = leaves, others
         return tensors[0].new_zeros(())
 
     @staticmethod
@@ -233,13 +235,18 @@ class _HandOn(torch.autograd.Function):
         slopes = [leaf.grad for leaf in ctx.leaves]
         for leaf in ctx.leaves:
             leaf.grad = None
-        return None, *slopes
+        return None, None, *slopes, *map(torch.zeros_like, ctx.others)
 
 
 class Cut:
-    """Where the graph is cut between the last pass, which has a backward of its own, and those before."""
+    """Where the graph is cut between the last pass, which has a backward of its own, and those before.
 
-    def __init__(self) -> None:
+    Args:
+        others: parameters that the later backward gives zeros to, since it does not reach them.
+    """
+
+    def __init__(self, others: Sequence[nn.Parameter] = ()) -> None:
+        self._others = others
         self._tensors: list[torch.Tensor] = []
         self._leaves: list[torch.Tensor] = []
 
@@ -252,7 +259,7 @@ class Cut:
 
     def root(self) -> torch.Tensor:
         """Return a scalar whose backward goes on where that of the last pass has ended."""
-        root: torch.Tensor = _HandOn.apply(self._leaves, *self._tensors)
+        root: torch.Tensor = _HandOn.apply(self._leaves, self._others, *self._tensors, *self._others)
         return root
 
 

@@ -16,7 +16,7 @@ from mirage_ds.model.chunks import chunk_budget
 from mirage_ds.plan.activations import Micro, PassShape, Peak, Terms, peak, saved_terms, splits, total
 from mirage_ds.plan.formulas import Machine, Step, step_cost, walk
 from mirage_ds.plan.gpus import A100, H100_SXM, PEAKS
-from mirage_ds.plan.rollout import reference, sampling, seconds
+from mirage_ds.plan.rollout import recorded, reference, sampling, seconds
 from mirage_ds.plan.settings import Settings, read_settings
 from mirage_ds.plan.shape import Sizes, encoder_parameters, read_shape, sizes, trained_parameters
 from mirage_ds.plan.spec import PlanSpec
@@ -50,7 +50,8 @@ class Question:
     def __init__(self, spec: PlanSpec):
         shape = read_shape(spec.model)
         self.spec, self.machine, self.ranks = spec, _machine(spec), spec.nodes * spec.gpus_per_node
-        self.model, self.parameters = sizes(shape), trained_parameters(shape)
+        heads = spec.stage == "rl" and spec.latent_policy == "gaussian"
+        self.model, self.parameters = sizes(shape, heads), trained_parameters(shape, heads=heads)
         if spec.stage == "scaffold":
             self.parameters = encoder_parameters(self.model, spec.latent_size)
         self.micro = _micro(spec, self.model, self.machine)
@@ -74,10 +75,11 @@ def _micro(spec: PlanSpec, model: Sizes, machine: Machine) -> Micro:
     apart = (spec.row_tokens - first) // blocks
     runs = [(first + number * apart, k) for number in range(blocks)] if spec.recurrent else []
     plans = schedule(
-        [spec.row_tokens] * rows, [runs] * rows, walk("stage2" if spec.recurrent else spec.stage, k, blocks).passes
+        [spec.row_tokens] * rows, [runs] * rows, walk("stage2" if spec.recurrent else "sft", k, blocks).passes
     )
     # A latent's own place carries no label.
-    labelled = spec.row_tokens - first - (0 if spec.stage == "sft" else k * blocks)
+    alone = spec.stage == "sft" or (spec.stage == "rl" and spec.latent_policy == "text")
+    labelled = spec.row_tokens - first - (0 if alone else k * blocks)
     return Micro(
         model,
         passes=tuple(PassShape(tuple(one.query_lengths), tuple(one.key_lengths)) for one in plans),
@@ -170,6 +172,8 @@ def held_by(asked: Question, settings: Settings, checkpointing: bool) -> Held:
     host = {name: spec.gpus_per_node * size for name, size in found.host.items() if size}
     if every_kept:
         host["frozen tower, a copy a rank"] = spec.gpus_per_node * tower
+    if fed := recorded(spec, model, settings):
+        host["recorded latents of a rollout, a copy a rank"] = fed
     host["processes (assumed)"] = spec.gpus_per_node * PROCESS_BYTES
     # DeepStack's features lie beside those of the embeddings; a helper's k targets have no part of it.
     feature = model.hidden * (1 + model.deep) * b

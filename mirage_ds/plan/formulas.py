@@ -80,11 +80,12 @@ def volume(model: Sizes, walked: Walk, zero: Zero3, encoder: int = 0) -> Volume:
     matrices = sum(m for m in model.matrices if m > zero.persistence)
     ends = [m for m in (model.embedding, model.head or model.embedding) if m > zero.persistence]
     once = model.layers * matrices + sum(ends if model.head else ends[:1])
-    gathered = walked.passes * model.layers * matrices + sum(ends)
+    drawing = model.hidden**2 if model.drawing and model.hidden**2 > zero.persistence else 0
+    gathered = walked.passes * model.layers * matrices + sum(ends) + drawing
     if encoder:
         return Volume(gathered, gathered, encoder, encoder)
     apart = model.text - (model.embedding + model.head if model.head else 0)
-    return Volume(gathered, gathered, model.text + (apart if walked.split else 0), model.text - once)
+    return Volume(gathered, gathered, model.text + (apart if walked.split else 0), model.text - once - drawing)
 
 
 def gather_calls(model: Sizes, walked: Walk, zero: Zero3) -> int:

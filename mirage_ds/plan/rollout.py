@@ -46,6 +46,14 @@ def sampling(spec: PlanSpec, model: Sizes, settings: Settings, ranks: int) -> Te
     }
 
 
+def recorded(spec: PlanSpec, model: Sizes, settings: Settings) -> int:
+    """Bytes of a host's memory for what a rollout's latents were fed, where it is fed again: each rank has them all."""
+    if spec.stage != "rl" or spec.latent_policy in ("through", "text"):
+        return 0
+    latents = spec.prompts_per_rollout * spec.num_generations * spec.latent_runs * spec.latent_size
+    return latents * model.hidden * settings.compute * spec.gpus_per_node
+
+
 def reference(spec: PlanSpec, model: Sizes, settings: Settings, ranks: int) -> int:
     """Bytes of the start's weights that a KL needs: sharded under ZeRO-3, whole elsewhere."""
     if spec.stage != "rl" or not spec.beta:

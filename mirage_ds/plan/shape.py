@@ -38,6 +38,7 @@ class Sizes(NamedTuple):
         hidden: H; inner: I; heads: Hq; kv_heads: Hkv; head_width: D.
         head_norms: each head's queries and keys have a norm, and the projections no biases.
         deep: layers behind which DeepStack adds image features.
+        drawing: the heads that latents are drawn by (model/latent_heads.py).
     """
 
     matrices: tuple[int, ...]
@@ -54,6 +55,7 @@ class Sizes(NamedTuple):
     head_width: int
     head_norms: bool = False
     deep: int = 0
+    drawing: int = 0
 
     @property
     def layer(self) -> int:
@@ -62,8 +64,8 @@ class Sizes(NamedTuple):
 
     @property
     def text(self) -> int:
-        """Ψ, all elements of the text model."""
-        return self.layers * (self.layer + self.vectors) + self.embedding + self.head + self.norm
+        """Ψ, all elements of the text model, and of the heads beside it."""
+        return self.layers * (self.layer + self.vectors) + self.embedding + self.head + self.norm + self.drawing
 
     @property
     def vocabulary(self) -> int:
@@ -81,8 +83,13 @@ class Sizes(NamedTuple):
         return self.kv_heads * self.head_width
 
 
-def sizes(model: Shape) -> Sizes:
-    """Count the elements of a model."""
+def head_shapes(width: int) -> list[tuple[int, ...]]:
+    """Shapes of the latent heads of a model of width H, in their order: weight and bias of μ, and of log σ."""
+    return [(width, width), (width,), (1, width), (1,)]
+
+
+def sizes(model: Shape, heads: bool = False) -> Sizes:
+    """Count the elements of a model, and of latent heads."""
     shapes, text, layer = model.shapes, model.config["text_config"], "model.layers.0."
     (embedding,) = model.elements("model.embed_tokens.")
     return Sizes(
@@ -93,22 +100,24 @@ def sizes(model: Shape) -> Sizes:
         head=sum(model.elements("lm_head.")),
         norm=sum(model.elements("model.norm.")),
         vision=sum(model.elements("visual.")),
-        hidden=shapes["model.embed_tokens.weight"][1],
+        hidden=(hidden := shapes["model.embed_tokens.weight"][1]),
         inner=shapes[f"{layer}mlp.gate_proj.weight"][0],
         heads=text["num_attention_heads"],
         kv_heads=text["num_key_value_heads"],
         head_width=shapes[f"{layer}self_attn.q_proj.weight"][0] // text["num_attention_heads"],
         head_norms=f"{layer}self_attn.q_norm.weight" in shapes,
         deep=model.layers("visual.deepstack_merger_list."),
+        drawing=sum(map(math.prod, head_shapes(hidden))) if heads else 0,
     )
 
 
-def trained_parameters(model: Shape, train_vision: bool = False) -> list[list[int]]:
+def trained_parameters(model: Shape, train_vision: bool = False, heads: bool = False) -> list[list[int]]:
     """List the elements of each trained parameter, matrices apart from the rest.
 
     These are the optimizer's two groups (engine.setup.weight_decay_groups), each in the order of the model.
     """
     shapes = [shape for name, shape in model.shapes.items() if train_vision or not name.startswith("visual.")]
+    shapes += head_shapes(model.shapes["model.embed_tokens.weight"][1]) if heads else []
     return [[math.prod(shape) for shape in shapes if (len(shape) > 1) is matrices] for matrices in (True, False)]
 
 

@@ -5,6 +5,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from mirage_ds.config.rl import LatentPolicy
 from mirage_ds.config.run import Feed, Stage
 
 
@@ -13,7 +14,7 @@ class PlanSpec(BaseModel, extra="forbid", frozen=True, protected_namespaces=(), 
 
     # what is trained
     model: str = Field(description="Folder, config.json, public shape (qwen2.5-vl-3b, -7b, -32b, -72b) or its hub id.")
-    stage: Stage = Field(description="As for a run; rl: with --latent_policy through.")
+    stage: Stage = Field(description="As for a run.")
     feed: Feed = Field("targets", description="stage1: own makes latents in passes, as stage2.")
     latent_size: PositiveInt = Field(4, description="k, latents a block.")
     latent_runs: PositiveInt = Field(1, description="Latent blocks of a row, at most.")
@@ -34,6 +35,7 @@ class PlanSpec(BaseModel, extra="forbid", frozen=True, protected_namespaces=(), 
     prompts_per_rollout: PositiveInt = Field(8, description="rl: prompts of a rollout, of all ranks.")
     num_generations: PositiveInt = Field(8, description="rl: answers of a prompt.")
     max_completion_length: PositiveInt = Field(256, description="rl: tokens of an answer.")
+    latent_policy: LatentPolicy = Field("through", description="rl: as for a run; gaussian counts its heads.")
     rollout_rows: PositiveInt | None = Field(None, description="rl: answers that a rank decodes at a time.")
     beta: NonNegativeFloat = Field(0.0, description="rl: above 0 the start's weights are held too, sharded.")
 
@@ -64,7 +66,8 @@ class PlanSpec(BaseModel, extra="forbid", frozen=True, protected_namespaces=(), 
     @property
     def recurrent(self) -> bool:
         """Whether latents are made in passes."""
-        return self.stage in ("stage2", "rl") or self.feed == "own"
+        through = self.stage == "rl" and self.latent_policy == "through"
+        return self.stage == "stage2" or self.feed == "own" or through
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

@@ -233,6 +233,9 @@ def open_model(run: Run, checked: Checked, data: Data) -> Loaded:
         **config.model_dump(include=FORWARD),
     )
     layers: DecoderLayers = loaded.model.layers
+    if ds.zero_stage(checked.ds_values) == 2 and ds.offload_device(checked.ds_values, "optimizer") != "none":
+        own, embedding = loaded.model.head.parameters(), loaded.model.language_model.embed_tokens.weight
+        loaded.model.how.others = [p for p in own if p.requires_grad and p is not embedding]
     loaded.model.how.split = config.recurrent and layers.defers_more_than_gradients(config.micro_batch_tokens)
     return loaded
 

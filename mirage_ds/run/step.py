@@ -15,7 +15,7 @@ import torch.distributed as dist
 from mirage_ds.data.batch import Batch, to_device
 from mirage_ds.data.pack import StepPlan
 from mirage_ds.data.selection import Selection
-from mirage_ds.engine.private import backward
+from mirage_ds.engine.private import backward, empty_sums
 from mirage_ds.engine.setup import everyone
 from mirage_ds.model.loss import LossSums, StepCounts, objective
 from mirage_ds.plan.mfu import ModelFlops
@@ -148,6 +148,7 @@ def apply_gradients(engine: Any, max_norm: float) -> tuple[bool, float]:
     moved = [p for p in engine.module.parameters() if p.grad is not None]
     if not moved:
         engine.step()
+        empty_sums(engine)
         return engine.was_step_applied(), float(engine.get_global_grad_norm())
     total = torch.nn.utils.get_total_norm(p.grad for p in moved)
     norm = float(total)

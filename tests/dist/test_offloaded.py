@@ -47,6 +47,15 @@ def _train(world: Any, settings: dict[str, Any]) -> dict[str, Any]:
     return dict(losses=losses, adam=adam, saved=saved)
 
 
+def _norms(world: Any, settings: dict[str, Any]) -> list[tuple[float, float]]:
+    """Train; the loss and the gradient's norm of each step."""
+    run = Run(RunConfig(**settings), world)
+    data, learner = open_run(run)
+    taken = [steps.step(run, data, learner, *given) for given in data.loader.steps(0, data.steps)]
+    learner.engine.destroy()
+    return [(one.metrics["loss"], one.metrics["grad_norm"]) for one in taken]
+
+
 @pytest.fixture(scope="module")
 def train(
     group: Group, nano: Path, mixed: Path, tmp_path_factory: pytest.TempPathFactory
@@ -81,6 +90,36 @@ def test_losses_of_cpu_offload(train: Callable[..., list[dict[str, Any]]]) -> No
             assert found["losses"] == pytest.approx(plain, rel=FP32)
             assert found["adam"] == adam
             assert found["saved"].place.is_dir()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    ("stage", "given"),
+    # A head of its own, and rows of it, have no part in the earlier passes' backward, which is a step's last one. Under
+    # ZeRO-2 a micro-step without latents, of one backward, is before one of two.
+    [(3, {"untied": True}), (2, {"untied": True}), (2, {}), (3, {"untied": True, "lora_rank": 2})],
+)
+def test_an_offloaded_optimizer_takes_whole_gradients(
+    stage: int, given: dict[str, Any], ranks: int, group: Group, one_rank: Group, nano: Path, untied: Path, mixed: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    found = []
+    for name, more in (("plain", {}), ("offloaded", {"offload_optimizer": CPU})):
+        path, zero = tmp_path / f"{name}.json", {"stage": stage, "overlap_comm": False}
+        zero |= {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
+        # The same AdamW in both.
+        adam = {"type": "AdamW", "params": {"torch_adam": True}}
+        path.write_text(json.dumps({"zero_optimization": zero | more, "optimizer": adam}))
+        settings = BASE | dict(
+            model=str(untied if given.get("untied") else nano), data_path=mixed, save_model_path=tmp_path / name,
+            global_batch_size=8, micro_batch_size=4 // ranks, max_grad_norm=0, cache_dir=tmp_path / "cache",
+            deepspeed=path,
+        )  # fmt: skip
+        settings |= {key: value for key, value in given.items() if key != "untied"}
+        found.append((one_rank if ranks == 1 else group).run(_norms, settings, timeout_s=240))
+    plain, offloaded = found
+    for one, other in zip(plain, offloaded, strict=True):
+        assert other == [pytest.approx(step, rel=1e-5) for step in one]
 
 
 def _refused(world: Any, elements: int) -> str | None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from itertools import islice, product
 from pathlib import Path
 from typing import Any, get_args
+from unittest import mock
 
 import pytest
 import torch
@@ -92,6 +93,12 @@ def _train(world: Any, settings: dict[str, Any], stops: int | tuple[str, int] | 
     return None
 
 
+def _without_room(world: Any, settings: dict[str, Any]) -> str | None:
+    """Train where a rank has a megabyte free."""
+    with mock.patch("mirage_ds.engine.whole.free_bytes", return_value=10**6):
+        return _train(world, settings)
+
+
 def _references(world: Any, settings: dict[str, Any]) -> tuple[float, float, int]:
     """Take a rollout's steps, then score the next one's answers by the reference, and by a copy of the start's weights.
 
@@ -137,10 +144,9 @@ def _both_ways(world: Any, settings: dict[str, Any]) -> dict[str, tuple[float, f
     gradients: list[torch.Tensor] = []
 
     def applied(*asked: Any) -> Any:
-        # Heads are trained in gaussian alone. Where micro-steps differ in which parameters they reach, ZeRO-3 adds to
-        # the gradient of the step before.
-        own = [p for name, p in engine.module.named_parameters() if policy == "gaussian" or "heads" not in name]
-        gradients.append(torch.cat([safe_get_full_grad(one).flatten() for one in own if one.requires_grad]))
+        # Also of heads, which not each micro-step of `through` reaches.
+        own = [safe_get_full_grad(one).flatten() for one in engine.module.parameters() if one.requires_grad]
+        gradients.append(torch.cat(own))
         return apply(*asked)
 
     step.apply_gradients = applied
@@ -175,7 +181,7 @@ def _both_ways(world: Any, settings: dict[str, Any]) -> dict[str, tuple[float, f
 
 class Runs:
     def __init__(self, group: Group, base: dict[str, Any], scratch: Path):
-        self.groups, self.base, self.scratch = {2: group, 1: Group(1)}, base, scratch
+        self.groups, self.base, self.scratch = {2: group, 1: Group(1), 4: Group(4)}, base, scratch
 
     def train(
         self, out: Path, ranks: int = 2, stops: int | tuple[str, int] | None = None, **settings: Any
@@ -215,6 +221,7 @@ def runs(model: Path, short: Path, own_group: Group, tmp_path_factory: pytest.Te
     made = Runs(own_group, BASE | dict(model=str(model), data_path=short, cache_dir=scratch / "cache"), scratch)
     yield made
     made.groups[1].stop()
+    made.groups[4].stop()
 
 
 @pytest.fixture(scope="module")
@@ -258,7 +265,14 @@ def test_a_run_samples_scores_and_learns(whole: Path, model: Path) -> None:
 
 @pytest.mark.parametrize(
     ("ranks", "settings"),
-    [(1, {}), (2, {"deepspeed": "zero3"}), (2, {"deepspeed": "zero1"}), (2, {"gradient_checkpointing": True})],
+    [
+        (1, {}),
+        (2, {"deepspeed": "zero3"}),
+        (2, {"deepspeed": "zero1"}),
+        (2, {"gradient_checkpointing": True}),
+        # On two cores four ranks take half a minute to start.
+        pytest.param(4, {"deepspeed": "zero3"}, marks=pytest.mark.slow),
+    ],
 )
 def test_ranks_zero_stage_and_checkpointing_change_no_step(
     ranks: int, settings: dict[str, Any], runs: Runs, whole: Path, tmp_path: Path
@@ -395,15 +409,31 @@ def test_each_policy_runs(settings: dict[str, Any], runs: Runs, tmp_path: Path) 
         ({"max_drift": 1e-12}, "rollout 1: log-probabilities of decoder and training differ by"),
         ({"min_latent_share": 1.0}, "rollout 1: "),
         ({"latent_size": 3}, "--latent_size 3: "),
+        # The records have no answer.
+        ({"reward": ["accuracy"], "data_path": "bare"}, "bare.jsonl: text_output: missing in 12 of 12 records"),
     ],
 )
 def test_bad_input_is_one_sentence(settings: dict[str, Any], sentence: str, runs: Runs, tmp_path: Path) -> None:
     out = tmp_path / "out"
+    if "data_path" in settings:
+        rows = [json.loads(line) for line in runs.base["data_path"].read_text().splitlines()]
+        bare = [{key: value for key, value in row.items() if key != "text_output"} for row in rows]
+        settings = settings | dict(data_path=write_jsonl(runs.base["data_path"].with_name("bare.jsonl"), bare))
     said = runs.train(out, **settings)
     assert said
     assert sentence in said
     assert "\n" not in said
     assert "rollout 1" in said or not files(out)
+
+
+def test_memory_that_does_not_hold_a_rollout_is_one_sentence(runs: Runs, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    one, other = runs.groups[2].run(_without_room, runs.base | dict(save_model_path=out), timeout_s=240)
+    assert one == other
+    assert str(one).startswith("a rollout of 6 answers at a time: to decode, each rank needs the whole model, its keys")
+    assert "lower --rollout_rows or --max_completion_length, or use GPUs with more memory" in str(one)
+    # Nothing was sampled.
+    assert not (out / "run/completions.jsonl").exists()
 
 
 def test_a_model_without_latents_learns_text(runs: Runs, nano: Path, tmp_path: Path) -> None:

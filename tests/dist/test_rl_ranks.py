@@ -28,7 +28,7 @@ from mirage_ds.model.forward import Scores, Scoring
 from mirage_ds.model.latent_heads import LatentHeads
 from mirage_ds.model.load import Loaded, load_model, public_name
 from mirage_ds.rl.latents import block_ratios
-from mirage_ds.rl.objective import SUMS, Scored, Settings, Terms, Totals, token_terms
+from mirage_ds.rl.objective import SUMS, Objective, Scored, Settings, Terms, Totals, token_terms
 
 K, H = 2, 128
 # Rows of each rank's micro-steps: with two latents and none.
@@ -75,7 +75,11 @@ def _drawn(row: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(row))
 
 
-def _terms(scores: Scores, batch: Batch, policy: str, totals: Totals) -> Terms:
+def _density(policy: str) -> Any:
+    return policy if policy in ("gaussian", "vlpo") else None
+
+
+def _terms(scores: Scores, batch: Batch, policy: str, objective: Objective, totals: Totals) -> Terms:
     """Numbers of a rollout that follow from a row's own number, wherever it runs."""
     old, advantage = scores.logp.detach().clone(), torch.zeros(len(batch.rows))
     latent_old = scores.latent_logp.detach().clone()
@@ -85,17 +89,17 @@ def _terms(scores: Scores, batch: Batch, policy: str, totals: Totals) -> Terms:
             old[mine] += 0.1 * _drawn(row, int(mine.sum()))
             latent_old[theirs] += 10 * _drawn(row, int(theirs.sum()))
             advantage[number] = 1 - row / 2
-    blocks = block_ratios(scores.latent_logp, latent_old, batch, H) if policy == "gaussian" else None
+    blocks = block_ratios(scores.latent_logp, latent_old, batch, H) if _density(policy) else None
     scored = Scored(scores.logp, scores.entropy, old, old - 0.1, blocks)
-    return token_terms(scored, advantage, batch, totals, Settings("grpo", beta=0.04, entropy=0.01))
+    return token_terms(scored, advantage, batch, totals, Settings(objective, beta=0.04, entropy=0.01))
 
 
 def _totals(policy: str, batch: Batch) -> Totals:
     labels = int(batch.label_count[batch.weight > 0].sum())
-    return Totals(len(ALL), labels, 3 if policy == "gaussian" else 0, 40)
+    return Totals(len(ALL), labels, 3 if _density(policy) else 0, 40)
 
 
-def _step(world: Any, folder: Path, data: Path, policy: str) -> Step:
+def _step(world: Any, folder: Path, data: Path, policy: str, objective: Objective) -> Step:
     from deepspeed.utils import safe_get_full_grad
 
     path = ds.default_path("stage2")
@@ -108,12 +112,11 @@ def _step(world: Any, folder: Path, data: Path, policy: str) -> Step:
     engine, sums = make_engine(loaded.model, config, values, 2), torch.zeros(len(SUMS))
     with whole_model(engine) as plain:
         heads = [p.numpy().copy() for p in plain.latent_heads.parameters()] if plain.latent_heads else []
-    density = "gaussian" if policy == "gaussian" else None
     for number, rows in enumerate(BINS[world.rank]):
         batch = _batch(loaded, folder, data, rows, policy)
         engine.set_gradient_accumulation_boundary(number == 1)
-        scores = engine(batch, Scoring(0.8, density))
-        terms = _terms(scores, batch, policy, totals)
+        scores = engine(batch, Scoring(0.8, _density(policy)))
+        terms = _terms(scores, batch, policy, objective, totals)
         backward(engine, terms.loss * world.size, scores.earlier)
         engine.module.layers.round.check()
         sums += terms.sums
@@ -124,19 +127,24 @@ def _step(world: Any, folder: Path, data: Path, policy: str) -> Step:
     return Step(sums.tolist(), found, heads)
 
 
-@pytest.mark.parametrize("policy", ["gaussian", "through"])
-def test_two_ranks_take_the_step_of_one_process(group: Group, nano: Path, mixed: Path, policy: str) -> None:
+@pytest.mark.parametrize(
+    ("policy", "objective"),
+    [("through", "grpo"), ("replay", "gspo"), ("gaussian", "dapo"), ("vlpo", "cispo"), ("gaussian", "dr_grpo")],
+)
+def test_two_ranks_take_the_step_of_one_process(
+    group: Group, nano: Path, mixed: Path, policy: str, objective: Objective
+) -> None:
     loaded = _load(nano, policy, checkpointing=False)
     batch = _batch(loaded, nano, mixed, ALL, policy)
     assert int(batch.latent_count.sum()) // K == 3
-    scores = loaded.model(batch, Scoring(0.8, "gaussian" if policy == "gaussian" else None))
-    terms = _terms(scores, batch, policy, _totals(policy, batch))
+    scores = loaded.model(batch, Scoring(0.8, _density(policy)))
+    terms = _terms(scores, batch, policy, objective, _totals(policy, batch))
     terms.loss.backward()
     if scores.earlier is not None:
         scores.earlier.backward()
     wanted = {public_name(name): p.grad.numpy() for name, p in loaded.model.named_parameters()}
     assert (policy == "gaussian") == any(name.startswith("latent_heads.") and one.any() for name, one in wanted.items())
-    for found in group.run(_step, nano, mixed, policy):
+    for found in group.run(_step, nano, mixed, policy, objective):
         assert found.sums == pytest.approx(terms.sums.tolist(), rel=1e-5, abs=1e-5)
         assert found.gradients.keys() == wanted.keys()
         for name, one in wanted.items():

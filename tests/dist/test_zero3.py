@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import shutil
 import time
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from packaging.version import Version
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from support.group import Group, GroupFailure
 
 from mirage_ds import train
@@ -49,22 +48,6 @@ BASE: dict[str, Any] = dict(
     latent_size=K, global_batch_size=8, micro_batch_size=4, max_steps=2, warmup_steps=1, learning_rate=3e-3,
     adam_eps=1e-3, num_workers=0, report_to=["none"], max_grad_norm=1.0,
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def untied(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Nano with an output matrix of its own."""
-    from transformers import Qwen2_5_VLConfig
-
-    folder = tmp_path_factory.mktemp("models") / "untied"
-    shutil.copytree(nano, folder)
-    config = Qwen2_5_VLConfig.from_pretrained(folder)
-    config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
-    config.save_pretrained(folder)
-    weights = load_file(folder / "model.safetensors")
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].flip(0).clone()
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 # ------------------------------------------------------------------------------------------------------ on the ranks

@@ -73,9 +73,10 @@ def shape_of(name: str) -> dict[str, Any]:
 
 
 @lru_cache
-def on_meta(name: str) -> Any:
+def on_meta(name: str, heads: bool = False) -> Any:
     """MirageModel itself, without memory."""
     from mirage_ds.model.forward import Forward, MirageModel
+    from mirage_ds.model.latent_heads import LatentHeads
     from mirage_ds.model.loss import LossHead
 
     config = shape_of(name)
@@ -83,7 +84,9 @@ def on_meta(name: str) -> Any:
     with torch.device("meta"):
         whole = family.model_class()(family.config_class()(**config))
     head = LossHead(whole.lm_head.weight, 1 << 20)
-    return MirageModel(whole.model.language_model, head, None, Forward(False, "sample", "sdpa", True))
+    own = LatentHeads(head.weight.shape[1], torch.device("meta")) if heads else None
+    how = Forward(False, "sample", "sdpa", True)
+    return MirageModel(whole.model.language_model, head, None, how, latent_heads=own)
 
 
 def widths(hidden: int, inner: int, heads: int, kv_heads: int, layers: int, vocabulary: int) -> Sizes:
@@ -97,15 +100,16 @@ def widths(hidden: int, inner: int, heads: int, kv_heads: int, layers: int, voca
 # -------------------------------------------------------------------------------------------------------------- shapes
 
 
+@pytest.mark.parametrize("heads", [False, True])
 @pytest.mark.parametrize("name", [*PUBLIC, "nano-qwen2-vl", "nano-qwen3-vl"])
-def test_parameters_are_those_of_the_model_in_its_order(name: str, tmp_path: Path) -> None:
+def test_parameters_are_those_of_the_model_in_its_order(name: str, heads: bool, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(shape_of(name)))
     shape = read_shape(str(tmp_path))
     if name in PUBLIC:
         assert shape == read_shape(name)
-    listed, found = trained_parameters(shape), list(on_meta(name).parameters())
+    listed, found = trained_parameters(shape, heads=heads), list(on_meta(name, heads).parameters())
     assert listed == [[one.numel() for one in found if (one.ndim > 1) is matrices] for matrices in (True, False)]
-    assert sum(map(sum, listed)) == sizes(shape).text
+    assert sum(map(sum, listed)) == sizes(shape, heads).text
 
 
 # What the publishers' indices say: bytes in bf16; of the 32B and 72B the model cards' sizes.

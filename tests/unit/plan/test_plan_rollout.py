@@ -68,6 +68,33 @@ def test_a_kl_holds_the_starts_weights_and_a_rollout_takes_time() -> None:
     assert "sampling tokens" not in judge(Question(asked(stage="stage2")), question.paths[0]).step.seconds
 
 
+def test_gaussian_holds_heads_and_recorded_latents() -> None:
+    """H · H + H + H + 1 elements more, one pass in place of k + 1, and 160 blocks of 4 latents in a host's memory."""
+    through, gaussian = (Question(asked(latent_policy=policy)) for policy in ("through", "gaussian"))
+    heads, latents = 3584 * 3584 + 3584 + 3584 + 1, "recorded latents of a rollout, a copy a rank"
+    assert gaussian.model.text - through.model.text == heads
+    assert [len(one.micro.passes) for one in (through, gaussian)] == [5, 1]
+    held = [{path.stem: judge(one, path).held for path in one.paths} for one in (through, gaussian)]
+    for name, each in (("zero2", (2, 4 / 8, 4 / 8, 8 / 8)), ("zero3", (2 / 8, 4 / 8, 4 / 8, 8 / 8))):
+        terms = [one[name].states.gpu for one in held]
+        for word, size in zip(("parameters", "gradients, summed", "master", "moments"), each, strict=True):
+            before, after = (sum(size for key, size in one.items() if key.startswith(word)) for one in terms)
+            # Each of few parameters or groups is padded.
+            assert after - before == pytest.approx(size * heads, abs=200), (name, word)
+        whole = "weights, whole while answers are sampled"
+        before, after = (one[name].sampling[whole] for one in held)
+        assert after - before == (2 * heads if name == "zero3" else 0)
+        assert [one[name].host.get(latents) for one in held] == [None, 32 * 5 * 4 * 3584 * 2 * 8]
+    # A KL's reference is opened with them too. Other recorded latents need no heads; text has none.
+    settings = judge(gaussian, gaussian.paths[0]).settings._replace(stage=2)
+    given = asked(beta=0.01, latent_policy="gaussian")
+    assert reference(given, gaussian.model, settings, 8) - reference(given, through.model, settings, 8) == 2 * heads
+    for policy, held_here in (("replay", True), ("vlpo", True), ("text", False)):
+        other = Question(asked(latent_policy=policy))
+        assert other.model == through.model
+        assert (latents in judge(other, other.paths[0]).held.host) == held_here
+
+
 def test_a_rollout_that_is_too_large_is_named() -> None:
     question = Question(asked(num_generations=1024, max_completion_length=2048, micro_batch_tokens=8192))
     plans = {path.stem: judge(question, path) for path in question.paths}
