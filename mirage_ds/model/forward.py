@@ -166,12 +166,15 @@ class MirageModel(nn.Module):
         embeddings, deep, targets = self._inputs(batch)
         hidden, labelled, cut = self._hidden(batch, embeddings, deep)
         total, ce = self.head(labelled, batch.targets, label_scales(batch, self.how.reduction))
-        distance = None
-        if targets is not None:
+        distance = latents = None
+        if targets is not None or not self.training:
             states = hidden[0] if len(hidden) == 1 else in_order(hidden, batch.passes)
+        if not self.training:
+            latents = self.feed(states.index_select(0, batch.latents - 1)).detach()
+        if targets is not None:
             # Targets are what the hidden states are pulled towards: they must not move to meet them.
             distance = grounding(states, targets.detach(), batch, self.how.latent_loss)
-        sums = loss_sums(total, ce, distance, batch, self.how.reduction)
+        sums = loss_sums(total, ce, distance, batch, self.how.reduction)._replace(latents=latents)
         if cut is not None:
             sums = sums._replace(earlier=cut.root())
         return sums, hidden, Traced(hidden[0], embeddings, total, ce, distance)

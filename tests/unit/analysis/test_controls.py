@@ -115,7 +115,7 @@ def bench(folder: Path, file: Path) -> Bench:
 
 @pytest.fixture(scope="module")
 def found(bench: Bench, records: list[Record]) -> dict[str, list[Outcome]]:
-    return run_conditions(bench, records, CONDITIONS, sized(2))
+    return run_conditions(bench, records, CONDITIONS, sized(2))[0]
 
 
 class Oracle:
@@ -264,7 +264,7 @@ def test_own_is_ordinary_decoding(folder: Path, file: Path, records: list[Record
     loaded = decoder.loaded
     assert loaded.tower is not None
     bench = Bench(loaded.model, loaded.tower, encoder, LIMITS)
-    outcomes = run_conditions(bench, records, ["own"], sized(2))
+    outcomes, _ = run_conditions(bench, records, ["own"], sized(2))
     assert list(outcomes) == ["own"]
     assert [one.answer for one in outcomes["own"]] == answer_records(decoder, records, LIMITS, batch_size=2)
     assert any(one.answer.text for one in outcomes["own"])
@@ -273,7 +273,7 @@ def test_own_is_ordinary_decoding(folder: Path, file: Path, records: list[Record
 def test_batch_size_and_the_other_conditions_do_not_matter(
     bench: Bench, records: list[Record], found: dict[str, list[Outcome]]
 ) -> None:
-    again = run_conditions(bench, records, ["swap", "random"], sized(5))
+    again, _ = run_conditions(bench, records, ["swap", "random"], sized(5))
     assert list(again) == ["own", "swap", "random"]
     for name, outcomes in again.items():
         for one, other in zip(outcomes, found[name], strict=True):
