@@ -5,13 +5,11 @@ N rows, k latents a row, H hidden.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Sequence
 
-import numpy as np
 import pytest
 import torch
+from support.alike import slowly
 
 from mirage_ds.analysis import alike
 from mirage_ds.analysis.alike import by_degree, effective_rank, measures, rows_of, sentence
@@ -27,41 +25,6 @@ def drawn(rows: int = 5, k: int = 3, width: int = 7, seed: int = 0) -> torch.Ten
 
     together = 1 + normal(rows, 1, width) + 0.7 * normal(1, k, width) + 0.3 * normal(rows, k, width)
     return together * (1 + torch.rand(rows, k, 1, generator=draw))
-
-
-def cosine(one: Sequence[float], other: Sequence[float]) -> float:
-    dot = sum(a * b for a, b in zip(one, other, strict=True))
-    return dot / math.sqrt(sum(a * a for a in one) * sum(b * b for b in other))
-
-
-def mean_of(vectors: Sequence[Sequence[float]]) -> list[float]:
-    return [sum(column) / len(vectors) for column in zip(*vectors, strict=True)]
-
-
-def squared(one: Sequence[float], other: Sequence[float]) -> float:
-    return sum((a - b) ** 2 for a, b in zip(one, other, strict=True))
-
-
-def slowly(latents: torch.Tensor) -> dict[str, float]:
-    """The same numbers by plain Python loops, the effective rank by numpy's singular values."""
-    z = latents.double().tolist()
-    rows, k = range(len(z)), range(len(z[0]))
-    within = [cosine(z[n][i], z[n][j]) for n in rows for i, j in itertools.combinations(k, 2)]
-    between = [cosine(z[n][i], z[m][i]) for i in k for n, m in itertools.combinations(rows, 2)]
-    every = [z[n][i] for n in rows for i in k]
-    middle = mean_of(every)
-    total = sum(squared(one, middle) for one in every)
-    by_row = sum(squared(mean_of(z[n]), middle) for n in rows for _ in k)
-    by_slot = sum(squared(mean_of([z[n][i] for n in rows]), middle) for i in k for _ in rows)
-    sigma = np.linalg.svd(np.array(every), compute_uv=False)
-    shares = [one / sum(sigma) for one in sigma if one > 0]
-    return {
-        "cosine_within": sum(within) / len(within),
-        "cosine_between": sum(between) / len(between),
-        "share_between": by_row / total,
-        "share_slots": by_slot / total,
-        "effective_rank": math.exp(-sum(p * math.log(p) for p in shares)),
-    }
 
 
 # More vectors than numbers in one, and fewer: another Gram matrix.
@@ -149,7 +112,6 @@ def test_the_sentence(found: dict[str, float], said: str) -> None:
 
 def test_arms_are_named_by_how_alike_their_latents_are() -> None:
     said = by_degree({"a": 0.9, "b": 0.1, "c": 0.85, "d": 0.6})
-    assert said == (
-        "Latents of different rows are nearly alike in a (0.90), c (0.85); partly alike in d (0.60); unlike in b (0.10)."
-    )
+    groups = "nearly alike in a (0.90), c (0.85); partly alike in d (0.60); unlike in b (0.10)"
+    assert said == f"Latents of different rows are {groups}."
     assert by_degree({}) == ""
