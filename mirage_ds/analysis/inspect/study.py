@@ -211,10 +211,8 @@ def inspect_file(folder: Path, spec: InspectSpec, track: Track = iter) -> tuple[
         raise UserError(f"{file} does not say how many latents it was trained with; give --latent_size")
     limits = Limits(new_tokens=spec.max_new_tokens, fixed_run=k)
     bench = Bench(decoder.loaded.model, decoder.tower, decoder.latent_encoder("stage2", k), limits)
-    followed = None
-    if forked:
-        grounded = replace(bench, encoder=decoder.latent_encoder("stage1", k))
-        followed = run_paths(grounded, with_latents, NAME, SEED, spec.batch_size, track)
+    grounded = replace(bench, encoder=decoder.latent_encoder("stage1", k))
+    followed = run_paths(grounded, with_latents, NAME, SEED, spec.batch_size, track) if forked else None
     facts = [("model", str(folder)), ("records", str(file)), ("latents a latent block (k)", str(k))]
     sections, numbers = [Section("", facts=facts)], dict[str, Any]()
     with whole_folder(spec.out) as work:
