@@ -31,10 +31,14 @@ ROOT = REPO / "mirage_ds"
 # and 210 in engine, cluster, tasks and curate; a bank of latents, drawn latents, resume and pages of rl took 280.
 ROOMS = {
     "data": 3130,
-    "study": 2300,
+    # 20: how alike latents are, by arm.
+    # 25: a scaffold in a chain. 35: measures of latents by arm.
+    "study": 2330,
     # 25: the doctor looks at records as training reads them.
     "cluster": 2520,
-    "analysis": 1670,
+    # 90: how alike latents are, and the path that answers follow on inspect's page.
+    # 130: how alike latents are; learned targets as the oracle.
+    "analysis": 1760,
     # 50: the rest of a mixture, what evaluate lacks, glob patterns to import.
     "curate": 1130,
     # Three published data sets (150) and JSON arrays.
@@ -43,14 +47,11 @@ ROOMS = {
     "engine": 1740,
     # 30 of them tell a quantised checkpoint by its tensor names, and a prefix before them. 260: layers.py, the passes'
     # gradients. 340: continuous decoding (kv_cache, choose, slots, latent_generate); 100: tower, head, kernels.
-    # 205: learned targets: the encoder (70), its folder and use (100), own states fed in stage1.
     "model": 2820,
-    # 30: the first look at a source, for the doctor; stage2 without latents.
-    # 85: an encoder trained, saved and noted; its targets kept; a file more.
-    "run": 2000,
-    # 30: a frozen model and an encoder; own states. 10: heads that latents are drawn by, a rollout's recorded latents.
+    # 30: the first look at a source, for the doctor; stage2 without latents. 20: how alike latents are.
+    # 85: an encoder trained, saved and noted.
+    "run": 2020,
     "plan": 1260,
-    # 10: batches with learned targets.
     "evaluate": 980,
     # The table of other trainers' names (100 lines, nearly all of them data), and `config import` (330).
     # Help under headings, one way to a run's settings: 25.
@@ -72,7 +73,7 @@ ROOMS = {
     # The client of OpenAI-compatible servers, out of curate, for judges too.
     "chat": 150,
 }
-TOTAL = 24_940
+TOTAL = 25_090
 FILE_LINES, FUNCTION_LINES = 400, 80
 # 101: a study asks tasks for the level of a record, where it had a copy of that function. 103: replay shows tables.
 # 124: serve 6, rl and chat 15. 126: serve takes the conditions of controls, a study shows rollouts.
@@ -83,8 +84,8 @@ FLOORS, ARROWS = 13, 126
 # 1,400: what stage 2 holds, moves and asks of the host; what a card would be asked; replay.
 # 2,000: serving, public benchmarks, reinforcement, decoding.
 # 600: peers, checkpoints beside steps, lost hosts, chunks and kernels; continuous decoding.
-# 450: learned targets.
-README_LINES, DOC_WORDS = 150, 31_450
+# 650: learned targets, how alike latents are.
+README_LINES, DOC_WORDS = 150, 31_650
 # Not prose that somebody reads from the start: dated results, and what a command has made.
 NO_PROSE = {"log.md", "api.md", "study.md", "study_rl.md"}
 
@@ -180,9 +181,8 @@ def main() -> int:
     for room in sorted(sizes, key=lambda one: -sizes[one]):
         row(f"{room}: lines of code", sizes[room], ROOMS.get(room, 0))
     row("mirage_ds: lines of code", sum(sizes.values()), TOTAL)
-    # 26: serving, the harnesses, reinforcement, the chat client.
-    # 3 for learned targets: the encoder, its folder, what a checkpoint says.
-    row("files", len(names), 270)
+    # 26: serving, the harnesses, reinforcement, the chat client. 1: how alike latents are.
+    row("files", len(names), 271)
     longest_file = max((len(file.read_text().splitlines()), name) for name, file in names.items())
     row(f"longest file ({longest_file[1]})", longest_file[0], FILE_LINES)
     lines, where = longest_function()

@@ -33,6 +33,8 @@ PAPER_BATCH = 8
 PAPER_GAMMA = 0.1
 # What every evaluation measures; `sim` in stage1 alone.
 LOSSES = ("loss", "ce", "token_ce", "sim")
+# And of its latents (analysis/alike.py).
+LATENT_MEASURES = ("cosine_within", "cosine_between", "share_between", "share_slots", "effective_rank")
 
 
 def cache_folder(cache_dir: Path | None) -> Path:

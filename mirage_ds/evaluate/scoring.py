@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mirage_ds.config.run import LOSSES
+from mirage_ds.config.run import LATENT_MEASURES, LOSSES
 from mirage_ds.data.encode import LATENT_PAD, LATENT_START, Encoder
 from mirage_ds.data.record import HELPER_MARK, Record, blamed
 from mirage_ds.errors import UserError, closest
@@ -133,7 +133,7 @@ def marks(records: Sequence[Record], answers: Sequence[Prediction], task: str) -
         except UserError as error:
             raise UserError(f"record on line {record.line}: {error}") from error
         found.append({**values, "runs": len(answer.runs), "latents": sum(answer.runs)})
-        taken = values.keys() & {*NO_METRICS, *LOSSES}
+        taken = values.keys() & {*NO_METRICS, *LOSSES, *LATENT_MEASURES}
         if taken:
             raise UserError(f"task {task} returns {', '.join(sorted(taken))}, which is something else; rename it")
         if found[0].keys() != found[-1].keys():

@@ -181,11 +181,17 @@ class MirageModel(nn.Module):
         embeddings, deep, targets = self._inputs(batch)
         hidden, labelled, cut = self._hidden(batch, embeddings, deep)
         total, ce = self.head(labelled, batch.targets, label_scales(batch, self.how.reduction))
-        distance = None
+        distance = latents = None
+        if targets is not None or not self.training:
+            before = before_latents(hidden, batch, cut)
+        if not self.training:
+            # What an encoder that is trained makes stands among the inputs.
+            own = self.feed(before) if self.target_encoder is None else embeddings.index_select(0, batch.latents)
+            latents = own.detach()
         if targets is not None:
             # Targets are what the hidden states are pulled towards: they must not move to meet them.
-            distance = grounding(before_latents(hidden, batch, cut), targets.detach(), self.how.latent_loss)
-        sums = loss_sums(total, ce, distance, batch, self.how.reduction)
+            distance = grounding(before, targets.detach(), self.how.latent_loss)
+        sums = loss_sums(total, ce, distance, batch, self.how.reduction)._replace(latents=latents)
         if cut is not None:
             sums = sums._replace(earlier=cut.root())
         return sums, hidden, Traced(hidden[0], embeddings, total, ce, distance)

@@ -31,6 +31,8 @@ class LossSums(NamedTuple):
             which sample is not finite.
         earlier: where the last pass has a backward of its own, a scalar whose backward, after the loss's, is that of
             the passes before; it carries every factor of the loss already.
+        latents: (N_blocks · k, H) what is fed at batch.latents (in stage1: would be), detached; only where the model
+            evaluates.
     """
 
     ce: torch.Tensor
@@ -38,6 +40,7 @@ class LossSums(NamedTuple):
     token_ce: torch.Tensor
     rows: torch.Tensor
     earlier: torch.Tensor | None = None
+    latents: torch.Tensor | None = None
 
 
 class StepCounts(NamedTuple):

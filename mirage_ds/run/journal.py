@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
-from mirage_ds.config.run import LOSSES
+from mirage_ds.config.run import LATENT_MEASURES, LOSSES
 from mirage_ds.data.progress import clock
 from mirage_ds.engine.waiting import Waiting
 from mirage_ds.errors import Stopped, UserError, reason
@@ -69,9 +69,9 @@ def _line(record: Mapping[str, Any]) -> str:
 def _curves(metrics: Mapping[str, float]) -> dict[str, float]:
     """Name an evaluation's curves: the objective and the scorer's first metric in front, the rest in a later group."""
     drawn = {name: value for name, value in metrics.items() if name not in NOT_PLOTTED}
-    scores = [name for name in drawn if name not in LOSSES]
-    first = {"loss", "sim", *scores[:1]}
-    return {f"{'eval' if name in first else 'scores'}/{name}": value for name, value in drawn.items()}
+    scores = [name for name in drawn if name not in (*LOSSES, *LATENT_MEASURES)]
+    groups = dict.fromkeys(LATENT_MEASURES, "latents") | dict.fromkeys(("loss", "sim", *scores[:1]), "eval")
+    return {f"{groups.get(name, 'scores')}/{name}": value for name, value in drawn.items()}
 
 
 class Journal:

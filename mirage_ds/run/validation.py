@@ -1,13 +1,13 @@
 """What happens every --eval_every steps: records answered, scored and drawn, the loss on all, the best model kept.
 
-N rows to decode, W ranks. The rows are dealt to the ranks; in rounds, each rank answers a batch of its own, and then
-all look whether somebody wants them to stop.
+N rows to decode, W ranks, k latents a block, H hidden. The rows are dealt to the ranks; in rounds, each rank answers a
+batch of its own, and then all look whether somebody wants them to stop.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from operator import itemgetter
@@ -18,8 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from mirage_ds.analysis.alike import measures, rows_of
 from mirage_ds.analysis.bench import Bench
 from mirage_ds.analysis.inspect.look import figures
+from mirage_ds.data.batch import Batch
 from mirage_ds.data.loader import Rows
 from mirage_ds.data.record import Record, RecordError
 from mirage_ds.engine.setup import World, everyone, from_rank_zero
@@ -30,6 +32,7 @@ from mirage_ds.evaluate.prompts import prompt_of
 from mirage_ds.evaluate.scoring import NOTHING, Prediction, score, spread, task_of
 from mirage_ds.model.choose import NotFinite
 from mirage_ds.model.forward import MirageModel
+from mirage_ds.model.loss import LossSums
 from mirage_ds.model.slots import Limits
 from mirage_ds.model.vision import FrozenTower
 from mirage_ds.run.events import EVALUATION_BEGINS, EVALUATION_ENDS
@@ -147,19 +150,22 @@ class Evaluator:
 
 @torch.no_grad()
 def evaluate(run: Run, learner: Learner, evaluation: Evaluation) -> dict[str, float]:
-    """Measure the mean losses on the evaluation records. All ranks call it.
+    """Measure the mean losses on the evaluation records, and how alike latents are. All ranks call it.
 
     Raises:
         Stopped: on every rank.
     """
-    engine, world = learner.engine, run.world
+    engine, world, chosen = learner.engine, run.world, rows_to_measure(run, evaluation)
     totals = torch.zeros(4, device=world.device)
+    latents: list[tuple[int, torch.Tensor]] = []
     engine.eval()
     try:
         for batch in evaluation.loader.batches(evaluation.bins):
             run.journal.at("evaluates")
             sums, loss, ce, sim = forward(run, learner, batch, evaluation.counts)
             totals += torch.stack([loss, ce, sim, sums.token_ce])
+            if chosen:
+                latents += first_blocks(batch, sums, chosen, run.config.latent_size)
             if run.stops():
                 raise Stopped
     finally:
@@ -167,7 +173,26 @@ def evaluate(run: Run, learner: Learner, evaluation: Evaluation) -> dict[str, fl
     dist.all_reduce(totals)
     loss, ce, sim, token_ce = totals.tolist()
     parts = {"sim": sim} if run.config.stage == "stage1" else {}
-    return {"loss": loss, "ce": ce, **parts, "token_ce": token_ce / max(1, evaluation.counts.labels)}
+    alike: dict[str, float] = {}
+    if chosen and (made := of_all_ranks(latents, [], world)):
+        alike = from_rank_zero(lambda: measures(torch.stack(made)), world)
+    return {"loss": loss, "ce": ce, **parts, "token_ce": token_ce / max(1, evaluation.counts.labels), **alike}
+
+
+def rows_to_measure(run: Run, evaluation: Evaluation) -> set[int]:
+    """Return the evaluation rows whose latents are measured: the first that have a block; none in sft."""
+    if run.config.stage == "sft":
+        return set()
+    rows = evaluation.loader.planner.row_ids
+    with_latents = rows[evaluation.loader.rows.records["runs"][rows] > 0]
+    return set(with_latents[: rows_of(run.config.latent_size)].tolist())
+
+
+def first_blocks(batch: Batch, sums: LossSums, chosen: Container[int], k: int) -> list[tuple[int, torch.Tensor]]:
+    """Return those rows of an evaluated micro-batch that are among `chosen`, each with its first block (k, H)."""
+    assert sums.latents is not None
+    each = zip(batch.rows.tolist(), sums.latents.split(batch.latent_count.tolist()), strict=True)
+    return [(row, own[:k].float().cpu()) for row, own in each if row in chosen and len(own)]
 
 
 def tower_of(learner: Learner, model: MirageModel) -> FrozenTower:

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from support.alike import slowly
 from support.group import Group
 from support.indices import open_index
 from support.on_disk import files, log_of, rewrite
@@ -280,12 +281,17 @@ def by_one_process(folder: Path, data: Path) -> dict[str, float]:
     labels = [int((sample.labels >= 0).sum()) for sample in samples]
     counts = StepCounts(len(samples), sum(labels), sum(K * len(sample.runs) for sample in samples))
     loss = token_ce = 0.0
+    latents = []
     for sample in samples:
         with torch.no_grad():
-            sums = loaded.model(loaded.tower.attach(collate([sample], K + 1, encoder.dummy(1))))
+            depth = 1 + sum(k for _, k in sample.runs)
+            sums, traced = loaded.model.trace(loaded.tower.attach(collate([sample], depth, encoder.dummy(1))))
+            # Of its first block: the states before its places.
+            latents += [traced.hidden[start - 1 : start - 1 + k] for start, k in sample.runs[:1]]
             loss += float(objective(sums, counts, 1.0, "sample")[0])
         token_ce += float(sums.token_ce)
-    return dict(eval_loss=loss, eval_ce=loss, eval_token_ce=token_ce / sum(labels))
+    alike = {f"eval_{name}": value for name, value in slowly(torch.stack(latents)).items()}
+    return dict(eval_loss=loss, eval_ce=loss, eval_token_ce=token_ce / sum(labels), **alike)
 
 
 def test_evaluation_measures_the_models_loss_and_changes_no_bit(

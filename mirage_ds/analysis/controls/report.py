@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mirage_ds.analysis.alike import sentence as sentence_of
 from mirage_ds.analysis.controls.paths import VERDICTS
 from mirage_ds.analysis.controls.statistics import differences, differs, listed, sentence, unseen
 from mirage_ds.analysis.controls.teach import Outcome
@@ -107,6 +108,8 @@ def notes(report: Mapping[str, Any]) -> list[str]:
             said[-1] += f" So no difference is found, where {unseen([path['visible']], True)}."
     if others := {name: one for name, one in report.get("conditions", {}).items() if name != "own"}:
         said.append(words(others, own, count))
+    if similar := sentence_of(report.get("latents", {})):
+        said.append(similar)
     return said
 
 

@@ -7,6 +7,7 @@ of the other conditions are made, which the second round feeds.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from mirage_ds.analysis.alike import measures, rows_of
 from mirage_ds.analysis.bench import Bench
 from mirage_ds.analysis.controls import bank, teach
 from mirage_ds.analysis.controls.conditions import KNOWN, First, Given, Material, choose_partners, fixed_slots
@@ -21,6 +23,7 @@ from mirage_ds.analysis.controls.paths import run_paths
 from mirage_ds.analysis.controls.report import summarize, tell, told
 from mirage_ds.analysis.controls.spec import PATH, ControlsSpec, parse_names
 from mirage_ds.analysis.controls.teach import Outcome, Row, check, decode, in_batches
+from mirage_ds.analysis.inspect import probe
 from mirage_ds.config.extras import need
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.progress import track
@@ -33,6 +36,9 @@ from mirage_ds.model.folder import read_targets
 from mirage_ds.model.rows import Generated
 from mirage_ds.model.targets import load_targets
 from mirage_ds.tasks import level_of
+
+# Rows that the probe reads, as `mirage-ds inspect` does without --most: its time grows with their cube.
+PROBED, SOURCE = 1000, "all latents"
 
 
 def likelihood(name: str, vectors: Sequence[torch.Tensor], bench: Bench, rows: Sequence[Row]) -> list[float]:
@@ -49,7 +55,7 @@ def likelihood(name: str, vectors: Sequence[torch.Tensor], bench: Bench, rows: S
 
 def run_conditions(
     bench: Bench, records: Sequence[Record], names: Sequence[str], spec: ControlsSpec, track: Track = iter
-) -> dict[str, list[Outcome]]:
+) -> tuple[dict[str, list[Outcome]], list[torch.Tensor]]:
     """Answer every record under `own` and the conditions named.
 
     Args:
@@ -57,7 +63,7 @@ def run_conditions(
         spec: its seed, batch_size and latent_bank; a record's draws do not depend on the records beside it.
 
     Returns:
-        Name → an Outcome a record, in the order given.
+        Name → an Outcome a record, in the order given; and each record's own latents (R, k, H).
 
     Raises:
         UserError: a record that cannot be used, or a condition that cannot be made of these records.
@@ -95,7 +101,23 @@ def run_conditions(
         return zip(*(outcomes(*both) for both in zip(answers, found, strict=True)), strict=True)
 
     rest = in_batches(bench, records, order, spec.batch_size, track, others) if vectors else []
-    return {"own": list(found), **{name: [one[at] for one in rest] for at, name in enumerate(vectors)}}
+    return {"own": list(found), **{name: [one[at] for one in rest] for at, name in enumerate(vectors)}}, list(latents)
+
+
+def looked_at(records: Sequence[Record], own: Sequence[torch.Tensor]) -> dict[str, Any]:
+    """Measure the first blocks of own latents (R, k, H).
+
+    Returns:
+        {"latents": alike.measures, "probe": "question (size of the board)" → probe.Reading}, of the first rows.
+    """
+    blocks = torch.stack([one[0] for one in own[:PROBED]])
+    found: dict[str, Any] = {"latents": measures(blocks[: rows_of(blocks.shape[1])]), "probe": {}}
+    # A task of one's own may call something else map_desc.
+    with suppress(UserError):
+        for one in probe.boards(records[:PROBED]):
+            for question, read in probe.read({SOURCE: blocks.flatten(1)}, one).items():
+                found["probe"][f"{question} ({one.name})"] = read[SOURCE]._asdict()
+    return found
 
 
 def study(
@@ -107,7 +129,8 @@ def study(
         names: as spec.parse_names gives them; asked: the records, with their answers.
 
     Returns:
-        {"task", "model", "data", "settings", "hashes", "conditions", "answers", "path"}; the last ones where asked for.
+        {"task", "model", "data", "settings", "hashes", "conditions", "answers", "path"}, the last ones where asked for,
+        and with conditions what `looked_at` returns.
 
     Raises:
         UserError: an open length of blocks, a fault in a record, or a condition that cannot be made of these records.
@@ -149,8 +172,9 @@ def study(
         report["path"] = run_paths(grounded, records, task, spec.seed, spec.batch_size, track)
     others = [name for name in names if name != PATH]
     if others:
-        outcomes = run_conditions(bench, records, others, spec, track)
+        outcomes, own = run_conditions(bench, records, others, spec, track)
         report["conditions"], report["answers"] = summarize(records, outcomes, task, spec.seed)
+        report |= looked_at(records, own)
     return report
 
 

@@ -94,6 +94,11 @@ def questions(records: Sequence[Record]) -> list[Questions]:
     ]
 
 
+def boards(records: Sequence[Record]) -> list[Questions]:
+    """As `questions`, where there are enough different maps."""
+    return [one for one in questions(records) if len(set(one.groups)) >= FEWEST_MAPS]
+
+
 def _ask(side: int, boards: Sequence[tuple[int, Board]], records: Sequence[Record]) -> Questions:
     paths: list[Any] = [records[row].extra.get("path") for row, _ in boards]
     columns: list[list[int]] = []

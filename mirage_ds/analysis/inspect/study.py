@@ -5,7 +5,8 @@ N rows, k latents a latent block, F features, W words, H hidden.
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,16 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
+from mirage_ds.analysis import alike
 from mirage_ds.analysis.bench import Bench
+from mirage_ds.analysis.controls.paths import fork_of, run_paths
+from mirage_ds.analysis.controls.report import notes
 from mirage_ds.analysis.inspect import draw, measure, probe, style
 from mirage_ds.analysis.inspect.command import InspectSpec
 from mirage_ds.analysis.inspect.look import Look, decoded, drawings, looks, see, spell, taught
 from mirage_ds.analysis.inspect.page import Section, Shown, data_url, page
 from mirage_ds.config.columns import parse_columns
+from mirage_ds.config.extras import need
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record import Record
 from mirage_ds.data.record_files import read_records
@@ -26,9 +31,12 @@ from mirage_ds.errors import UserError
 from mirage_ds.evaluate.decoder import Track, load_decoder, need_latents
 from mirage_ds.files import whole_folder, write_atomically
 from mirage_ds.model.slots import Limits
+from mirage_ds.tasks.vsp_planning import NAME
 
 # Vectors of a kind that go into the components: enough for a picture, and no kind outweighs the others by far.
 MOST_VECTORS = 500
+# Of the other path of a map, as the default of `mirage-ds controls`.
+SEED = 42
 
 
 # Name → vectors, float32 on the CPU.
@@ -133,8 +141,16 @@ def _row(folder: Path, bench: Bench, record: Record, row: int, decode: bool) -> 
 
 def questions_for(records: Sequence[Record], labels: Sequence[str], finder: ImageFinder) -> list[probe.Questions]:
     """Choose what the probe is asked: of boards where there are enough, and of the labels."""
-    boards = [one for one in probe.questions(records) if len(set(one.groups)) >= probe.FEWEST_MAPS]
-    return boards + [probe.labelled(records, label, finder) for label in dict.fromkeys(labels)]
+    return probe.boards(records) + [probe.labelled(records, label, finder) for label in dict.fromkeys(labels)]
+
+
+def _alike(found: Mapping[str, float], followed: Mapping[str, Any] | None) -> list[Section]:
+    """Write how alike latents are, and what answers follow, where that was asked."""
+    facts = [(alike.LABELS[name], f"{value:.3f}") for name, value in found.items()]
+    sections = [Section("How alike the latents are", facts=facts, text=alike.sentence(found))]
+    if followed:
+        sections.append(Section("Which path answers follow", text=notes({"path": followed})[0]))
+    return sections
 
 
 def _together(
@@ -184,6 +200,9 @@ def inspect_file(folder: Path, spec: InspectSpec, track: Track = iter) -> tuple[
     with_latents = [record for record in records if record.runs][: spec.most]
     finder = ImageFinder.beside(file, spec.image_root)
     asked = questions_for(with_latents, spec.label, finder)
+    forked = spec.decode and any(fork_of(record, SEED) for record in with_latents)
+    if forked:
+        need("vsp", "--decode of maps with two shortest paths")
     decoder = load_decoder(folder, finder, spec.processor, True, spec.pixels, spec.helper_pixels)
     need_latents(decoder)
     k = spec.latent_size or decoder.trained.get("latent_size")
@@ -192,6 +211,8 @@ def inspect_file(folder: Path, spec: InspectSpec, track: Track = iter) -> tuple[
         raise UserError(f"{file} does not say how many latents it was trained with; give --latent_size")
     limits = Limits(new_tokens=spec.max_new_tokens, fixed_run=k)
     bench = Bench(decoder.loaded.model, decoder.tower, decoder.latent_encoder("stage2", k), limits)
+    grounded = replace(bench, encoder=decoder.latent_encoder("stage1", k))
+    followed = run_paths(grounded, with_latents, NAME, SEED, spec.batch_size, track) if forked else None
     facts = [("model", str(folder)), ("records", str(file)), ("latents a latent block (k)", str(k))]
     sections, numbers = [Section("", facts=facts)], dict[str, Any]()
     with whole_folder(spec.out) as work:
@@ -201,7 +222,11 @@ def inspect_file(folder: Path, spec: InspectSpec, track: Track = iter) -> tuple[
             numbers |= measured
         sources, kinds = gather(bench, with_latents, spec.batch_size, track)
         made, read, said = _together(work, sources, kinds, file.name, asked)
-        write_atomically(work / "index.html", page("Latents", escape(said), [*sections, *made]))
-        text = json.dumps({"words": said, "rows": numbers, "probe": read}, indent=1, ensure_ascii=False)
-        write_atomically(work / "numbers.json", text + "\n")
+        found = alike.measures(sources["all latents"].unflatten(1, (k, -1))[: alike.rows_of(k)])
+        said = f"{alike.sentence(found)} {said}".strip()
+        write_atomically(
+            work / "index.html", page("Latents", escape(said), [*sections, *_alike(found, followed), *made])
+        )
+        whole = {"words": said, "rows": numbers, "probe": read, "latents": found, "path": followed}
+        write_atomically(work / "numbers.json", json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
     return spec.out / "index.html", said

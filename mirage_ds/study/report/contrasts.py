@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import chain
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -165,7 +167,9 @@ def controls(work: Work) -> list[Report]:
     """Average the controls of each arm and evaluation over the seeds that have them.
 
     Returns:
-        One entry an arm and evaluation: {"arm", "evaluation", "metric", "conditions", "path"}. "conditions": name →
+        One entry an arm and evaluation: {"arm", "evaluation", "metric", "conditions", "path", "latents", "probe"}.
+        "latents": measure of analysis.alike → what `_over_seeds` returns; "probe": "question (boards)" → the same of
+        its "accuracy" and "chance"; {} where no cell has any. "conditions": name →
         an Estimate of the score, and "difference", an Estimate of score − own's on the same seeds and records, None for
         own; {} where no cell has any. "path": each verdict of paths.VERDICTS → an Estimate of its share over both
         injections, and "difference", of injected − other; None where no cell has it. What cannot be read is a hole.
@@ -184,7 +188,12 @@ def controls(work: Work) -> list[Report]:
 
 def _averaged(reports: Mapping[int, Mapping[str, Any]], draws: Draws, miss: Callable[[str], None]) -> Report:
     """Average the reports of an arm, seed → report."""
-    found: Report = {"metric": None, "conditions": {}, "path": None}
+    seen = [one["latents"] for one in reports.values() if one.get("latents")]
+    read = [one["probe"] for one in reports.values() if one.get("probe")]
+    found: Report = {"metric": None, "conditions": {}, "path": None, "latents": _over_seeds(seen), "probe": {}}
+    for name in dict(*read[:1]):
+        both = [{key: one[name][key] for key in ("accuracy", "chance")} for one in read if name in one]
+        found["probe"][name] = _over_seeds(both)
     if scored := {seed: one for seed, one in reports.items() if "conditions" in one}:
         names = next(iter(scored.values()))["conditions"]
         metric = found["metric"] = names[OWN]["score"]["metric"]
@@ -203,6 +212,14 @@ def _averaged(reports: Mapping[int, Mapping[str, Any]], draws: Draws, miss: Call
         shares["difference"] = shares["injected"] - shares["other"]
         found["path"] = {kind: grid.estimate(values, draws)[0] for kind, values in shares.items()}
     return found
+
+
+def _over_seeds(found: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Return each number's mean over seeds, the least and the most of them, and how many seeds have it."""
+    each = {name: [one[name] for one in found if name in one] for name in dict.fromkeys(chain.from_iterable(found))}
+    return {
+        name: {"mean": fmean(own), "least": min(own), "most": max(own), "seeds": len(own)} for name, own in each.items()
+    }
 
 
 def _grid(answers: Mapping[int, Sequence[Answer]], names: Iterable[str], value: Callable[[Answer, str], float]) -> Grid:

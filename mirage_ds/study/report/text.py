@@ -10,10 +10,12 @@ import jinja2
 import pandas as pd
 from markdown_it import MarkdownIt
 
+from mirage_ds.analysis.alike import by_degree
 from mirage_ds.analysis.controls.paths import VERDICTS
 from mirage_ds.analysis.controls.report import apart, measured, p_values
 from mirage_ds.analysis.inspect.page import data_url
 from mirage_ds.analysis.inspect.page import page as whole_page
+from mirage_ds.config.run import LATENT_MEASURES
 from mirage_ds.study.report.statistics import NO_LEVEL, level_key
 
 Report = Mapping[str, Any]
@@ -91,6 +93,21 @@ def size(one: Mapping[str, Any]) -> str:
     return f"{one['seeds']} × {one['records']:,}"
 
 
+def ranged(one: Mapping[str, Any] | None) -> str:
+    """Write a mean over seeds, with the least and the most of several."""
+    if not one:
+        return "–"
+    return f"{one['mean']:.3f}" + (f" ({one['least']:.3f}–{one['most']:.3f})" if one["seeds"] > 1 else "")
+
+
+def alike(entries: Sequence[Mapping[str, Any]]) -> str:
+    """Say how alike latents are in each arm, by evaluation where there are several."""
+    found = {(one["arm"], one["evaluation"]): one["latents"].get("cosine_between") for one in entries}
+    several = len({name for _, name in found}) > 1
+    named = {f"{label(arm)}, {name}" if several else label(arm): one for (arm, name), one in found.items()}
+    return by_degree({name: one["mean"] for name, one in named.items() if one})
+
+
 def having(evaluation: str, arms: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Return the arms that have scores of an evaluation."""
     return [arm for arm in arms if evaluation in arm["evaluations"]]
@@ -134,9 +151,10 @@ def _unbroken(write: Callable[[Any], str]) -> Callable[[Any], str]:
 
 
 _TEMPLATES.filters |= {
-    one.__name__: one for one in (count, settings, pair, judged, having, paragraph, label, where, excerpt, p_values)
+    one.__name__: one
+    for one in (count, settings, pair, judged, having, paragraph, label, where, excerpt, p_values, alike)
 }
-_TEMPLATES.filters |= {one.__name__: _unbroken(one) for one in (measured, apart, narrow, size)}
+_TEMPLATES.filters |= {one.__name__: _unbroken(one) for one in (measured, apart, narrow, size, ranged)}
 _TEMPLATES.filters["verbatim"] = Escaped
 
 
@@ -147,7 +165,13 @@ def markdown(report: Report, figures: Sequence[tuple[str, str]] = (), pictures: 
         figures: (link, caption) of each; the first leads. pictures: link of each example's picture, then of each
             rollout's.
     """
-    values = {"pictures": pictures, "evaluations": evaluations(report), "figures": figures, "verdicts": VERDICTS}
+    values = {
+        "pictures": pictures,
+        "evaluations": evaluations(report),
+        "figures": figures,
+        "verdicts": VERDICTS,
+        "measures": LATENT_MEASURES,
+    }
     body = _TEMPLATES.get_template("report.md.jinja").render(**report, **values).strip()
     return f"# {escaped(report['name'])}\n\n{body}\n"
 

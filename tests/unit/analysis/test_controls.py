@@ -17,8 +17,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support import alike
 from test_generate import World, assert_same, both, sharpen, slowly
 
+from mirage_ds.analysis.alike import sentence
 from mirage_ds.analysis.bench import Bench
 from mirage_ds.analysis.controls import conditions as making
 from mirage_ds.analysis.controls import run
@@ -29,6 +31,7 @@ from mirage_ds.analysis.controls.report import summarize
 from mirage_ds.analysis.controls.run import run_conditions
 from mirage_ds.analysis.controls.spec import CONDITIONS, ControlsSpec, parse_names
 from mirage_ds.analysis.controls.teach import Outcome, rows_of
+from mirage_ds.analysis.inspect import probe
 from mirage_ds.cli import main
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.images import ImageFinder
@@ -115,7 +118,7 @@ def bench(folder: Path, file: Path) -> Bench:
 
 @pytest.fixture(scope="module")
 def found(bench: Bench, records: list[Record]) -> dict[str, list[Outcome]]:
-    return run_conditions(bench, records, CONDITIONS, sized(2))
+    return run_conditions(bench, records, CONDITIONS, sized(2))[0]
 
 
 class Oracle:
@@ -264,7 +267,7 @@ def test_own_is_ordinary_decoding(folder: Path, file: Path, records: list[Record
     loaded = decoder.loaded
     assert loaded.tower is not None
     bench = Bench(loaded.model, loaded.tower, encoder, LIMITS)
-    outcomes = run_conditions(bench, records, ["own"], sized(2))
+    outcomes, _ = run_conditions(bench, records, ["own"], sized(2))
     assert list(outcomes) == ["own"]
     assert [one.answer for one in outcomes["own"]] == answer_records(decoder, records, LIMITS, batch_size=2)
     assert any(one.answer.text for one in outcomes["own"])
@@ -273,7 +276,7 @@ def test_own_is_ordinary_decoding(folder: Path, file: Path, records: list[Record
 def test_batch_size_and_the_other_conditions_do_not_matter(
     bench: Bench, records: list[Record], found: dict[str, list[Outcome]]
 ) -> None:
-    again = run_conditions(bench, records, ["swap", "random"], sized(5))
+    again, _ = run_conditions(bench, records, ["swap", "random"], sized(5))
     assert list(again) == ["own", "swap", "random"]
     for name, outcomes in again.items():
         for one, other in zip(outcomes, found[name], strict=True):
@@ -519,6 +522,26 @@ def test_paths_refuse_what_has_none(bench: Bench, planning: list[Record]) -> Non
         run_paths(bench, [record for record in planning if not fork_of(record, SEED)], PLANNING, SEED, batch_size=3)
 
 
+def test_own_latents_are_measured_and_probed(planning: list[Record]) -> None:
+    draw = torch.Generator().manual_seed(0)
+
+    def row(bits: int) -> list[int]:
+        return [-(bits >> at & 1) for at in range(3)]
+
+    # 64 boards of one size; a turned or mirrored one is the same map.
+    boards = [[[1, *row(at)], [0, *row(at >> 3)], [0] * 4, [0, 0, 0, 2]] for at in range(64)]
+    records = [Record(at, "", "", (), (), {"map_desc": board}) for at, board in enumerate(boards)]
+    own = [torch.randn(1 + at % 2, K, 6, generator=draw) for at in range(len(boards))]
+    first = torch.stack([one[0] for one in own])
+    found = run.looked_at(records, own)
+    assert found["latents"] == pytest.approx(alike.slowly(first), rel=1e-9)
+    (asked,) = probe.questions(records)
+    wanted = probe.read({"all latents": first.flatten(1)}, asked)["cells"]["all latents"]
+    assert found["probe"] == {"cells (4 × 4)": wanted._asdict()}
+    # What is called map_desc and is no board is not asked for.
+    assert run.looked_at([replace(one, extra={"map_desc": "north"}) for one in records], own)["probe"] == {}
+
+
 # -------------------------------------------------------------------------------------------------------- the command
 
 
@@ -551,6 +574,11 @@ def test_controls_the_command(
     report = json.loads(out.read_text())
     assert list(report["conditions"]) == ["own", "zero", "off"]
     assert report["settings"]["slots"] == K
+    assert report["latents"] == pytest.approx(alike.slowly(torch.stack([one[0] for one in oracle.own])), abs=1e-3)
+    assert sentence(report["latents"]) in " ".join(said.split())
+    assert sentence(report["latents"]) in page.read_text()
+    # Five records are too few maps, and name none.
+    assert report["probe"] == {}
     assert [one["line"] for one in report["answers"]] == [1, 2, 3, 4, 5]
     for name, one in report["conditions"].items():
         # In float32 here, in float64 there.

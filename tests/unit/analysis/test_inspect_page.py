@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import itertools
 import json
 import shutil
@@ -19,9 +20,12 @@ from click.testing import CliRunner
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
+from support.alike import slowly
 
+from mirage_ds.analysis.alike import LABELS, sentence
+from mirage_ds.analysis.bench import Bench
 from mirage_ds.analysis.inspect import draw
-from mirage_ds.analysis.inspect.look import Look, drawings
+from mirage_ds.analysis.inspect.look import Look, drawings, taught
 from mirage_ds.analysis.inspect.measure import Projection, Words, project
 from mirage_ds.analysis.inspect.probe import Reading, read
 from mirage_ds.analysis.inspect.study import questions_for
@@ -30,6 +34,9 @@ from mirage_ds.cli import cli
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record_files import scan
 from mirage_ds.errors import UserError
+from mirage_ds.evaluate.decoder import load_decoder
+from mirage_ds.tasks.maps import parse_board
+from mirage_ds.tasks.render import render
 
 MAPS = 52
 
@@ -117,13 +124,63 @@ def test_one_page_that_needs_nothing_beside_it(nano: Path, boards: Path, tmp_pat
     # Everybody goes down first, and whoever always says so is right.
     assert all(reading["accuracy"] == reading["chance"] == 1 for reading in found["move 1"].values())
     # Nothing can be more often right than what is always right, and a nano that was never trained knows no map.
-    assert words.startswith(
-        "A linear probe finds move 1 (4 × 4) in 100.0 % (95 % interval 93.1 to 100.0, the commonest"
-    )
+    assert ". A linear probe finds move 1 (4 × 4) in 100.0 % (95 % interval 93.1 to 100.0, the commonest" in words
     assert words.endswith("; whether the answer uses the latents, only `mirage-ds controls` tells.")
     assert numbers["words"] == words
     assert words.replace("'", "&#39;") in text
     assert set(found["cells"]) == {"all latents", "latent 1", "latent 2", "helper targets", "input image, pooled"}
+    assert numbers["path"] is None
+    # One picture for all: its rows are the same but for rounding, which the page says first.
+    assert words.startswith("Latents of different rows are nearly alike (mean cosine 1.00): little of them depends on")
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Records of eight empty boards with two shortest paths, each a picture of its own; the last has one path."""
+    folder = tmp_path_factory.mktemp("forks")
+    rows = []
+    for number in range(8):
+        board = [[1, 0, 0], [0, 2, 0], [-1 if bit == "1" else 0 for bit in f"{number:03b}"]]
+        if number == 7:
+            board[0][1] = -1
+        picture = render(parse_board(board, "here"), cell_size=28)
+        picture.save(folder / f"in{number}.png")
+        picture.rotate(90).save(folder / f"out{number}.png")
+        rows.append(
+            {"text_input": "<image>Where to?", "text_output": "\\boxed{D,R}", "image_input": f"in{number}.png"}
+            | {"image_output": f"out{number}.png", "map_desc": board, "task": "vsp-spatial-planning"}
+        )
+    file = folder / "data.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_the_page_says_how_alike_latents_are_and_which_path_answers_follow(
+    nano: Path, forks: Path, tmp_path: Path
+) -> None:
+    out, k = tmp_path / "seen", 3
+    arguments = ("--decode", "--max_new_tokens", 6, "--latent_size", k, "--batch_size", 3, "--out", out)
+    _, words = call(nano, "--data_path", forks, *arguments).split("\n", 1)
+    numbers, text = json.loads((out / "numbers.json").read_text()), html.unescape((out / "index.html").read_text())
+    decoder = load_decoder(nano, ImageFinder.beside(forks, None))
+    encoder = decoder.latent_encoder("stage2", k)
+    samples = [encoder.encode(record, row) for row, record in enumerate(scan(forks)[0])]
+    bench = Bench(decoder.loaded.model, decoder.tower, encoder)
+    # One row at a time.
+    wanted = slowly(torch.stack([taught(bench, [sample])[0].latents[0] for sample in samples]))
+    assert numbers["latents"] == pytest.approx(wanted, abs=1e-4)
+    assert wanted["cosine_between"] < 0.9999
+    said = sentence(numbers["latents"])
+    assert words == numbers["words"]
+    assert words.startswith(f"{said} Nothing was tested")
+    section = text[text.index("<h2>How alike the latents are</h2>") : text.index("<h2>Where the latents lie</h2>")]
+    assert said in section
+    for name, value in numbers["latents"].items():
+        assert f"<dt>{LABELS[name]}</dt><dd><pre>{value:.3f}</pre></dd>" in section
+    followed = numbers["path"]
+    assert (followed["records"], followed["left_out"]) == (7, 1)
+    assert "<h2>Which path answers follow</h2>" in section
+    assert "Latents of path A (the record's own) or B (another shortest one): the answer is the path" in section
 
 
 def test_without_enough_maps_there_is_no_probe(boards: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from mirage_ds.config.run import LATENT_MEASURES
 from mirage_ds.errors import Stopped, UserError
 from mirage_ds.run import events
 from mirage_ds.run.heartbeat import Heartbeat
@@ -35,8 +36,10 @@ def noted_in(folder: Path) -> list[dict[str, Any]]:
 class Tracker(Sink):
     def __init__(self) -> None:
         self.end = ""
+        self.values: dict[str, float] = {}
 
-    def scalars(self, step: int, values: Any) -> None: ...
+    def scalars(self, step: int, values: Any) -> None:
+        self.values |= values
 
     def close(self, end: str) -> None:
         self.end = end
@@ -127,3 +130,14 @@ def test_what_ends_a_run_is_noted_in_one_line(tmp_path: Path) -> None:
     # A folder that is gone hides no error.
     journal.claimed(tmp_path / "gone", writes=True)
     journal.failed(ValueError("d"))
+
+
+def test_an_evaluations_measures_of_latents_are_a_group_of_their_own(tmp_path: Path) -> None:
+    tracker, journal = Tracker(), Journal()
+    alike = dict.fromkeys(LATENT_MEASURES, 0.5)
+    with journal.logging(Logs(tmp_path, 4, [tracker])):
+        journal.evaluation(2, {"loss": 1.0, "token_ce": 2.0, **alike, "success": 0.25, "invalid": 0.0, "count": 3.0})
+    scores = {"eval/loss": 1.0, "scores/token_ce": 2.0, "eval/success": 0.25, "scores/invalid": 0.0}
+    assert tracker.values == scores | {f"latents/{name}": 0.5 for name in LATENT_MEASURES}
+    (line,) = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert json.loads(line)["eval_effective_rank"] == 0.5

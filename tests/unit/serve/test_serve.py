@@ -287,7 +287,7 @@ def controlled(
     bank, limits = tmp_path_factory.mktemp("bank"), run_limits(decoder, NEW, 8, "trained")
     bench = Bench(decoder.loaded.model, decoder.tower, decoder.latent_encoder("stage2", K), limits)
     spec = ControlsSpec(data_path=Path(), seed=SEED, latent_bank=bank)
-    return bank, run_conditions(bench, asked, [name for name in CONDITIONS if name != "oracle"], spec)
+    return bank, run_conditions(bench, asked, [name for name in CONDITIONS if name != "oracle"], spec)[0]
 
 
 def all_at_once(served: Served, questions: Sequence[list[dict]], seed: int = 0) -> list[Any]:

@@ -68,9 +68,12 @@ def control_report(arm: str, seed: int, count: int = 20, path: bool = True) -> d
         }
         for line in range(1, count + 1)
     ]
+    read = {"accuracy": 0.5 + seed / 250, "low": 0.4, "high": 0.7, "chance": 0.25, "rows": count, "maps": count}
     report: dict[str, Any] = {
         "conditions": {name: {"score": {"metric": "success"}} for name in rates},
         "answers": answers,
+        "latents": {"cosine_within": 0.8, "cosine_between": COSINES[arm] + seed / 250, "effective_rank": 2.0 * seed},
+        "probe": {"cells (4 × 4)": read},
     }
     if path:
         rng = random.Random(f"{arm}/{seed}/path")
@@ -80,6 +83,7 @@ def control_report(arm: str, seed: int, count: int = 20, path: bool = True) -> d
     return report
 
 
+COSINES = {"k4": 0.9, "k8": 0.2, "top": 0.6}
 RATES = {"base": 0.4, "k4": 0.7, "k8": 0.65, "top": 0.5}
 SETTINGS = {
     "base": {"latent_size": 0, "compress_strategy": "none"},
@@ -423,6 +427,46 @@ def test_controls_are_averaged_over_seeds_and_paired_with_own() -> None:
         assert entry["path"][kind]["mean"] == pytest.approx(follows.count(kind) / 200)
     apart = (follows.count("injected") - follows.count("other")) / 200
     assert entry["path"]["difference"]["mean"] == pytest.approx(apart)
+
+
+def test_measures_of_latents_are_averaged_over_the_seeds_that_have_them() -> None:
+    # An older report has none.
+    old = control_report("k4", 2)
+    del old["latents"], old["probe"]
+    results = changed(study(), "k4", 2, lambda cell: replace(cell, controls={"test": old}))
+    report = build(results, 50)
+    entry = report["controls"][0]
+    assert list(entry["latents"]) == ["cosine_within", "cosine_between", "effective_rank"]
+    assert entry["latents"]["cosine_between"] == pytest.approx(
+        {"mean": 0.913, "least": 0.904, "most": 0.92, "seeds": 4}
+    )
+    assert entry["latents"]["effective_rank"] == {"mean": 6.5, "least": 2.0, "most": 10.0, "seeds": 4}
+    (question,) = entry["probe"]
+    assert entry["probe"][question]["accuracy"] == pytest.approx(
+        {"mean": 0.513, "least": 0.504, "most": 0.52, "seeds": 4}
+    )
+    assert entry["probe"][question]["chance"]["mean"] == 0.25
+    text = markdown(report).replace("\u00a0", " ")
+    own = text[text.index("## Latents") : text.index("## Cost")]
+    assert (
+        "Latents of different rows are nearly alike in k4 (0.91); partly alike in top (0.61); unlike in k8 (0.21)."
+        in own
+    )
+    injected = entry["path"]["injected"]
+    follows = f"{injected['mean']:.3f} ({injected['low']:.3f}, {injected['high']:.3f})"
+    cells = ["k4", "test", "0.800 (0.800–0.800)", "0.913 (0.904–0.920)", "–", "–", "6.500 (2.000–10.000)", follows]
+    assert f"| {' | '.join(cells)} |" in own
+    assert "| k4 | test | cells (4 × 4) | 0.513 (0.504–0.520) | 0.250 (0.250–0.250) |" in own
+    one = build(study(seeds=[1]), 50)
+    assert "| k8 | test | 0.800 | 0.204 | – | – | 2.000 |" in markdown(one).replace("\u00a0", " ")
+
+
+def test_a_study_of_older_controls_has_no_table_of_latents() -> None:
+    bare = {"conditions": control_report("k4", 1)["conditions"], "answers": control_report("k4", 1)["answers"]}
+    results = replace(study(), cells=[replace(one, controls=one.controls and {"test": bare}) for one in study().cells])
+    report = build(results, 50)
+    assert report["controls"][0]["latents"] == report["controls"][0]["probe"] == {}
+    assert "## Latents" not in markdown(report)
 
 
 def test_controls_without_path_in_some_cells() -> None:
