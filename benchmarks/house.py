@@ -31,12 +31,10 @@ ROOT = REPO / "mirage_ds"
 # and 210 in engine, cluster, tasks and curate; a bank of latents, drawn latents, resume and pages of rl took 280.
 ROOMS = {
     "data": 3130,
-    # 20: how alike latents are, by arm.
     # 25: a scaffold in a chain. 35: measures of latents by arm.
     "study": 2330,
     # 25: the doctor looks at records as training reads them.
     "cluster": 2520,
-    # 90: how alike latents are, and the path that answers follow on inspect's page.
     # 130: how alike latents are; learned targets as the oracle.
     "analysis": 1760,
     # 50: the rest of a mixture, what evaluate lacks, glob patterns to import.

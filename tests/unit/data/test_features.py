@@ -247,7 +247,7 @@ def test_each_image_is_needed_once(tmp_path: Path) -> None:
 
 
 def test_an_image_that_changes_after_it_was_measured_is_a_fault(
-    encoder_for: Callable[..., Encoder], tmp_path: Path
+    encoder_for: Callable[..., Encoder], nano: Path, tmp_path: Path
 ) -> None:
     image = tmp_path / "map.png"
     Image.new("RGB", (84, 84)).save(image)
@@ -255,7 +255,8 @@ def test_an_image_that_changes_after_it_was_measured_is_a_fault(
     rows.write_text(json.dumps({"text_input": "<image>?", "image_input": "map.png", "text_output": "A"}) + "\n")
     encoder = encoder_for("sft", 4, rows)
     index = selected(rows, encoder, 4096, 0.0, ("image_input",))
-    images = Images(index.rows, encoder, "image_input", index.rows.images["image_input"], torch.float32)
+    tower = load_tower(nano, read_config(nano), torch.float32, torch.device("cpu"))
+    images = Images(index.rows, encoder, "image_input", index.rows.images["image_input"], tower)
     assert not isinstance(images[0], Fault)
     # Another size, or as large as before but another picture: never kept under the old one's key.
     for other in (Image.new("RGB", (84, 140)), Image.new("RGB", (84, 84), "red")):
@@ -291,13 +292,13 @@ def test_kept_targets_are_those_of_a_helper_that_is_not_kept_to_the_bit(
     tower = load_tower(folder, read_config(folder), dtype, torch.device("cpu"))
     width = read_config(folder).text_config.hidden_size
     index = selected(file, encoder, 4096, 0.0, ("image_output",), cache_dir=tmp_path / "cache")
-    images = Images(index.rows, encoder, "image_output", index.rows.images["image_output"], dtype)
+    images = Images(index.rows, encoder, "image_output", index.rows.images["image_output"], tower)
     each = []
     for number in range(3):
         pixels, grid = images[number]
         assert pixels.nbytes == images.bytes_of_pixels(np.arange(3))[number]
         features = tower.features(pixels, grid)
-        each.append(images.kept_of(features, grid[0].tolist(), tower.input_width))
+        each.append(images.kept_of(features, grid[0].tolist()))
         # By hand, in float64.
         groups = pool_groups(int(grid[0, 1]) // 2, int(grid[0, 2]) // 2, k, compress)
         slow = [features[torch.from_numpy(groups == slot)][:, :width].double().mean(0) for slot in range(k)]
@@ -330,10 +331,12 @@ def test_what_is_kept_is_of_one_way_of_reading_and_pooling(
         kept = (_kept(tmp_path, tower, "print", encoder, name, table()) for name in ("image_input", "image_output"))
         return [one.store.place for one in kept]
 
-    images, helpers = zip(places(), places(latent_size=2), places(compress="grid"), places(stage="stage2"), strict=True)
+    images, helpers = zip(places(), places(latent_size=2), places(compress="grid"), strict=True)
     assert len(set(images)) == 1
-    assert helpers[0] == helpers[3] not in images
+    assert helpers[0] not in images
     assert len(set(helpers)) == 3
+    # An encoder of helpers reads all their features: those of any image.
+    assert places(stage="scaffold") == [images[0]] * 2
     monkeypatch.setattr(keep_features, "READING", READING + 1)
     assert not {*images, *helpers} & {*places()}
 
