@@ -303,6 +303,21 @@ def test_stage1_with_two_helpers_in_a_row(sharp: Path, doubled: Path) -> None:
     compare(Task(sharp, doubled, "stage1", 3), (0, 1, 2), "sample")
 
 
+@pytest.mark.parametrize(("stage", "rows"), [("stage1", (0, 1, 2)), ("stage2", (0, 1, 2, 3))])
+def test_latents_of_an_evaluation_are_the_states_before_them(
+    sharp: Path, doubled: Path, stage: str, rows: tuple
+) -> None:
+    task = Task(sharp, doubled, stage, 3)
+    samples, loaded, plain = task.samples(rows), task.load(), Plain(task)
+    batch = task.attach(loaded, task.pack(samples, 2))
+    with torch.no_grad():
+        assert loaded.model.train()(batch).latents is None
+        found = loaded.model.eval()(batch).latents
+        hidden = [plain.row(sample)[0] for sample in samples]
+    wanted = [own[p - 1 : p - 1 + k] for own, sample in zip(hidden, samples, strict=True) for p, k in sample.runs]
+    torch.testing.assert_close(found, torch.cat(wanted), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("reduction", ["sample", "token"])
 def test_sft_equals_full_pass(sharp: Path, mixed: Path, reduction: str) -> None:
     compare(Task(sharp, mixed, "sft", 4), ROWS, reduction)

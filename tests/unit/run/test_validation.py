@@ -7,7 +7,9 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
+import torch
 
 from mirage_ds.errors import Stopped, UserError
 from mirage_ds.run import validation
@@ -75,3 +77,25 @@ def test_answers_open_latent_blocks_where_training_does(
     rows = type("Rows", (), {"encoder": SimpleNamespace(slots=slots), "__getitem__": lambda _, row: row})()
     made = validation.decode_rows(cast(Any, run), cast(Any, learner), rows, [3], cast(Any, None))
     assert (made, given) == (["an answer"], [latents])
+
+
+def test_the_first_rows_with_a_block_are_measured_and_none_of_sft() -> None:
+    runs = np.tile([0, 1, 2], 1000)
+    planner, rows = SimpleNamespace(row_ids=np.arange(1, 3000)), SimpleNamespace(records={"runs": runs})
+    evaluation: Any = SimpleNamespace(loader=SimpleNamespace(planner=planner, rows=rows))
+
+    def chosen(stage: str, k: int) -> set[int]:
+        run: Any = SimpleNamespace(config=SimpleNamespace(stage=stage, latent_size=k))
+        return validation.rows_to_measure(run, evaluation)
+
+    assert chosen("stage2", 4) == {row for row in range(1, 385) if row % 3}
+    assert len(chosen("stage1", 2)) == 512
+    assert chosen("sft", 4) == set()
+
+
+def test_of_a_row_its_first_block_is_measured() -> None:
+    """Rows 7 (two blocks), 3 (none), the dummy, and 5, which is not asked for."""
+    batch: Any = SimpleNamespace(rows=torch.tensor([7, 3, -1, 5]), latent_count=torch.tensor([4, 0, 2, 2]))
+    latents = torch.arange(16, dtype=torch.bfloat16).view(8, 2)
+    ((row, own),) = validation.first_blocks(batch, cast(Any, SimpleNamespace(latents=latents)), {3, 7}, 2)
+    assert (row, own.tolist(), own.dtype) == (7, [[0, 1], [2, 3]], torch.float32)

@@ -288,6 +288,7 @@ def test_a_function_that_takes_no_record_is_told_how_it_is_called(module: Callab
         ("return record['color']", r"fails for the answer '' \(KeyError: 'color', .*own_\w+\.py line 2\)"),
         ("return {'loss': 1}", r"task own_\w+:f returns loss, which is something else; rename it"),
         ("return {'count': 1}", r"returns count, which"),
+        ("return {'effective_rank': 1}", r"returns effective_rank, which"),
         # Found before anything is decoded: the first record's own answer is scored too.
         ("return {'hit': 1} if answer else {'none': 1}", r"line 2: task \S+ returns hit, and none for line 2;"),
         ("return 1 if record['colour'] == 'red' else {'hit': 1}", r"on line 5: .* returns hit, and score for line 2"),
