@@ -23,7 +23,7 @@ class RlSettings(BaseModel):
     prompts_per_rollout: PositiveInt | None = Field(None, description="rl: P, all prompts of a rollout. [default: 8]")
     num_generations: int = Field(8, ge=2, description="rl: G, answers sampled of each prompt.")
     max_completion_length: PositiveInt = Field(256, description="rl: tokens of an answer, latents included, at most.")
-    temperature: PositiveFloat = Field(1.0, description="rl: of sampling; the loss takes probabilities at it too.")
+    temperature: PositiveFloat = Field(1.0, description="rl: of sampling, and of the loss's probabilities.")
     rollout_rows: PositiveInt | None = Field(None, description="rl: answers a rank decodes at a time. [default: all]")
     resample: NonNegativeInt = Field(0, description="rl: rounds of new prompts for those whose rewards are all alike.")
     # the latents
@@ -60,7 +60,7 @@ class RlSettings(BaseModel):
         description="rl: what is summed to the reward: accuracy (the task's scorer), format, judge, or a function "
         "package.module:function; *0.5 behind a name is its weight.",
     )
-    reward_weights: list[float] | None = Field(None, description="rl: one for each --reward; or *0.5 behind its name.")
+    reward_weights: list[float] | None = Field(None, description="rl: a weight for each --reward (or NAME*0.5 there).")
     reward_timeout: PositiveFloat = Field(30.0, description="rl: seconds of one call of a reward function, at most.")
     reward_workers: PositiveInt = Field(2, description="rl: processes that score.")
     max_reward_faults: float = Field(0.1, ge=0, le=1, description="rl: end when a larger share of scores failed.")
@@ -79,9 +79,9 @@ class RlSettings(BaseModel):
     judge_cache: Path | None = Field(None, description="rl: folder that keeps what was judged. [default: none]")
     # what ends the run
     max_drift: PositiveFloat = Field(
-        0.1, description="rl: end when log-probabilities of decoder and training differ by more in the mean."
+        0.1, description="rl: the mean difference of the decoder's log-probabilities from training's, at most."
     )
-    min_latent_share: float = Field(0.0, ge=0, le=1, description="rl: end when a smaller share has latents.")
+    min_latent_share: float = Field(0.0, ge=0, le=1, description="rl: the share of answers with latents, at least.")
 
     @property
     def steps_per_rollout(self) -> int:

@@ -69,12 +69,14 @@ class _Settings(BaseModel):
         "paper's), of blocks of a grid, of groups drawn at random, or the first k features.",
     )
     latent_loss: LatentLoss = Field("cosine", description="Of stage 1's latents: 1 − cosine, or mean squared distance.")
-    latent_targets: Path | None = Field(None, description="stage1's targets: of what --stage scaffold saved here.")
+    latent_targets: Path | None = Field(None, description="stage1: targets by the encoder that scaffold saved here.")
     feed: Feed = Field("targets", description="stage1: what latents get as inputs; own: the model's states, as stage2.")
     detach_latents: bool = Field(False, description="No gradient through the states that are fed back (stage2, own).")
-    train_targets: bool = Field(False, description="stage1 --train_vision: CE reaches the tower too, by the latents.")
+    train_targets: bool = Field(False, description="stage1 --train_vision: CE trains the tower through latents.")
     train_vision: bool = Field(False, description="Train the vision tower too; in scaffold a copy of it.")
-    lora_rank: PositiveInt | None = Field(None, description="Train adapters of this rank alone: `mirage-ds docs lora`.")
+    lora_rank: PositiveInt | None = Field(
+        None, description="Train LoRA adapters of this rank only: `mirage-ds docs lora`."
+    )
     lora_alpha: PositiveInt | None = Field(None, description="Scale adapters by alpha / rank. [default: 2 × rank]")
     lora_dropout: float = Field(0, ge=0, lt=1, description="Must be 0: layers are recomputed exactly.")
     lora_targets: list[str] | None = Field(None, description="Layers with an adapter, such as q_proj. [default: all]")
@@ -118,7 +120,7 @@ class _Settings(BaseModel):
     micro_batch_tokens: PositiveInt = Field(8192, description="Tokens in one micro-batch of one rank, at most.")
     micro_batch_size: PositiveInt | None = Field(None, description="Rows in one micro-batch of one rank, at most.")
     micro_batch_patches: PositiveInt | None = Field(
-        None, description="Patches (14 or 16 px a side) in one micro-batch, at most, where the tower runs in each step."
+        None, description="Patches (14 or 16 px a side) in one micro-batch, at most; of a tower that runs."
     )
     allow_idle_ranks: bool = Field(False, description="Allow more ranks than a step has rows; some stay idle.")
     reduction: Literal["sample", "token"] = Field("sample", description="Mean of the rows' losses, or over all tokens.")

@@ -35,8 +35,6 @@ class ControlsSpec(HelperSpec, ModelSpec, RecordsSpec):
         description="What is fed at the slots: conditions, separated by commas; path may be added.",
     )
     seed: int = Field(42, ge=0, lt=2**31, description="Of vectors, swaps, paths and resamples.")
-    latent_targets: Path | None = Field(
-        None, description="oracle and path: latents of what --stage scaffold saved here."
-    )
+    latent_targets: Path | None = Field(None, description="oracle and path: use the encoder that scaffold saved here.")
     latent_bank: Path | None = Field(None, description="Write own latents into this folder, for `mirage-ds serve`.")
     markdown: Path | None = Field(None, description="Write the tables to this Markdown file.")

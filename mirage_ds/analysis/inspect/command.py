@@ -18,7 +18,7 @@ class InspectSpec(HelperSpec, FolderSpec, DataSpec):
 
     out: Path = Field(description="New folder for index.html, the pictures and numbers.json.")
     rows: tuple[NonNegativeInt, ...] = Field((), description="Rows shown in detail, counted from 0. [default: 0]")
-    decode: bool = Field(False, description="Decode these rows too, and maps with two shortest paths under either.")
+    decode: bool = Field(False, description="Decode these rows too; maps with two shortest paths with each path.")
     max_new_tokens: PositiveInt = Field(256, description="With --decode: tokens of an answer, at most.")
     most: PositiveInt = Field(1000, description="Rows that the components and the probe are made of.")
     label: tuple[str, ...] = Field((), description="Record keys that the probe predicts; text_output: the answer.")

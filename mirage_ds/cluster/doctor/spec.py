@@ -17,7 +17,9 @@ class DoctorSpec(BaseModel, extra="forbid", frozen=True, protected_namespaces=()
     slurm: bool = Field(False, description="Look at the nodes of the Slurm job that this is called in.")
     model: str | None = Field(None, description="The run's model folder or hub id.")
     load_model_path: Path | None = Field(None, description="The run's start weights.")
-    data_path: Path | tuple[Path, ...] | None = Field(None, description="The run's records, all of them.")
+    data_path: Path | tuple[Path, ...] | None = Field(
+        None, description="The run's records; may be given several times."
+    )
     eval_data_path: Path | None = Field(None, description="The records whose loss the run measures.")
     columns: ColumnsText = Field(None, description=COLUMNS_HELP)
     image_root: Path | None = Field(None, description="Second place where relative image paths are looked for.")
