@@ -163,7 +163,7 @@ def take_flags(spec: type[BaseModel], params: dict[str, Any]) -> None:
 
 def take_settings(params: dict[str, Any], shown: Shown) -> None:
     """Make the RunConfig that a training command asks for."""
-    flags = {name: value for name, value in params.items() if name not in ("yaml_file", "local_rank")}
+    flags = {name: value for name, value in params.items() if name != "yaml_file"}
     file = params.get("yaml_file")
     if file is not None and file.is_file():
         values = read_yaml(file)

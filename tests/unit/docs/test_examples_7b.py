@@ -344,7 +344,6 @@ def take_evaluate(given: dict[str, Any]) -> None:
 def parse_train(words: list[str]) -> RunConfig:
     """Make the run of a training line: its file with its flags over it."""
     given = train.make_context("train", list(words)).params
-    given.pop("local_rank")
     file = given.pop("yaml_file")
     return build_model(RunConfig, given, read_yaml(ROOT / file), source=str(file))
 
