@@ -82,8 +82,8 @@ FLOORS, ARROWS = 13, 126
 # 1,400: what stage 2 holds, moves and asks of the host; what a card would be asked; replay.
 # 2,000: serving, public benchmarks, reinforcement, decoding.
 # 600: peers, checkpoints beside steps, lost hosts, chunks and kernels; continuous decoding.
-# 650: learned targets, how alike latents are.
-README_LINES, DOC_WORDS = 150, 31_650
+# 700: learned targets, how alike latents are.
+README_LINES, DOC_WORDS = 150, 31_700
 # Not prose that somebody reads from the start: dated results, and what a command has made.
 NO_PROSE = {"log.md", "api.md", "study.md", "study_rl.md"}
 
