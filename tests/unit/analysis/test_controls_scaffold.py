@@ -56,8 +56,8 @@ def test_the_oracle_feeds_the_encoders_latents(
     made = rows_of(own, records, range(len(records)))
     for row, latents in zip(made, wanted, strict=True):
         torch.testing.assert_close(row.targets, latents, rtol=0, atol=1e-5)
-    found = run_conditions(own, records, ["own", "oracle"], sized(2))
-    pooled = run_conditions(bench, records, ["own", "oracle"], sized(2))
+    found, _ = run_conditions(own, records, ["own", "oracle"], sized(2))
+    pooled, _ = run_conditions(bench, records, ["own", "oracle"], sized(2))
     for row, (outcome, latents) in enumerate(zip(found["oracle"], wanted, strict=True)):
         slow, _ = oracle.teach(row, lambda run, slot, _, fed=latents: fed[run, slot])
         assert outcome.log_likelihood == pytest.approx(slow, abs=1e-5)

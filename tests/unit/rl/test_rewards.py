@@ -419,9 +419,8 @@ def test_a_judge_that_misbehaves(server: Fake) -> None:
     for (row, name, sentence), cause in zip(scored.faults, causes, strict=True):
         assert (row, name) == (4, "judge")
         assert cause in sentence
-    # Each that may pass was asked twice, the others once; at most two at a time.
+    # Each that may pass was asked twice, the others once.
     assert len(server.seen) == 4 * 2 + 3
-    assert server.most == 2
     (request,) = [one for one in server.seen if "obeyed:\n0.5\n" in text_of(one)]
     assert "Where is [image] {answer}?" in text_of(request)
     assert "Here. {question}" in text_of(request)
@@ -434,6 +433,8 @@ def test_what_was_judged_is_not_asked_again(server: Fake, tmp_path: Path) -> Non
         judge = Judge(RlSettings(**judged(server, cache=tmp_path / "judged")))
         given = [({"text_input": "?"}, text) for text in ("0.5", "1", "0.5", "broken")]
         assert [one if isinstance(one, float) else "" for one in judge.rewards(given)] == [0.5, 1.0, 0.5, ""]
+        # Of three different questions two at a time, and nobody gave one up, which the server would not know.
+        assert server.most == 2
         assert len(server.seen) == expected + (expected == 5)
         judge.close()
         (file,) = (tmp_path / "judged").iterdir()

@@ -19,7 +19,7 @@ from mirage_ds.engine.checkpoint import STATE_FILE, _check_state
 from mirage_ds.engine.save import trained_of
 from mirage_ds.engine.setup import make_reference
 from mirage_ds.errors import UserError
-from mirage_ds.run import setup
+from mirage_ds.run import state
 from mirage_ds.run.beforehand import check_beforehand
 from mirage_ds.run.settings import find_policy
 
@@ -96,7 +96,7 @@ def test_another_task_or_reference_is_another_run(tmp_path: Path, monkeypatch: p
         (tmp_path / "model.safetensors").write_text(weights)
         run, checked = SimpleNamespace(config=settings(**given), world=None), SimpleNamespace(policy="text")
         checked.folders = [tmp_path]
-        return {**setup.rl_state(cast(Any, run), cast(Any, checked)), "tower": {}}
+        return {**state.rl_state(cast(Any, run), cast(Any, checked)), "tower": {}}
 
     def refused(was: dict[str, Any], now: dict[str, Any]) -> str:
         (tmp_path / STATE_FILE).write_text(json.dumps(was))
