@@ -433,12 +433,25 @@ def test_what_was_judged_is_not_asked_again(server: Fake, tmp_path: Path) -> Non
         judge = Judge(RlSettings(**judged(server, cache=tmp_path / "judged")))
         given = [({"text_input": "?"}, text) for text in ("0.5", "1", "0.5", "broken")]
         assert [one if isinstance(one, float) else "" for one in judge.rewards(given)] == [0.5, 1.0, 0.5, ""]
-        # Of three different questions two at a time, and nobody gave one up, which the server would not know.
-        assert server.most == 2
         assert len(server.seen) == expected + (expected == 5)
         judge.close()
         (file,) = (tmp_path / "judged").iterdir()
         file.write_text(file.read_text() + '["half')
+
+
+def test_so_many_are_asked_at_a_time(server: Fake) -> None:
+    quick = server.reply
+
+    def reply(request: Any) -> Any:
+        time.sleep(0.1)
+        return quick(request)
+
+    server.reply = reply
+    # No request is given up: the server would not know.
+    judge = Judge(RlSettings(**judged(server, timeout=30)))
+    assert judge.rewards([({"text_input": str(number)}, "1") for number in range(6)]) == [1.0] * 6
+    assert server.most == 2
+    judge.close()
 
 
 @pytest.mark.parametrize(

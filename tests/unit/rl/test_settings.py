@@ -90,7 +90,7 @@ def test_the_policy_is_that_of_the_models_training(trained: dict[str, Any], give
 
 
 def test_another_task_or_reference_is_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(setup, "from_rank_zero", lambda make, _: make())
+    monkeypatch.setattr(state, "from_rank_zero", lambda make, _: make())
 
     def noted(weights: str, **given: Any) -> dict[str, Any]:
         (tmp_path / "model.safetensors").write_text(weights)
