@@ -313,17 +313,14 @@ def export_folder(source: Path, target: Path, vocab_rows: int | None, base: Path
     state = read_state(found)
     if vocab_rows is not None:
         raise UserError("--vocab_rows goes with a model folder: export the checkpoint first, then the folder")
-    told, dtype = (
-        f"{target}: step {state['step']} of {state['stage']}, {state['dtype']}",
-        getattr(torch, state["dtype"]),
-    )
+    dtype = getattr(torch, state["dtype"])
     if state["stage"] == "scaffold":
         export_encoder(found, target, dtype)
-        return told
-    sources = [str(base)] if base else state["sources"]
-    place = resolve_folder(sources[0], "--model", None)
-    check_folder(place, [Path(folder) for folder in sources[1:]])
-    encoder = load_encoder(sources, ImageFinder(()), "sft", 1, tuple(state["pixels"]))
-    parts = Parts(read_base(place, encoder.tokenizer), encoder.tokenizer, encoder.images, place, trained_of(state))
-    export_checkpoint(found, target, dtype, parts)
-    return told
+    else:
+        sources = [str(base)] if base else state["sources"]
+        place = resolve_folder(sources[0], "--model", None)
+        check_folder(place, [Path(folder) for folder in sources[1:]])
+        encoder = load_encoder(sources, ImageFinder(()), "sft", 1, tuple(state["pixels"]))
+        parts = Parts(read_base(place, encoder.tokenizer), encoder.tokenizer, encoder.images, place, trained_of(state))
+        export_checkpoint(found, target, dtype, parts)
+    return f"{target}: step {state['step']} of {state['stage']}, {state['dtype']}"

@@ -400,7 +400,7 @@ def of_checkpoint(folder: Path, tmp_path: Path) -> list[Any]:
     """Export a checkpoint whose base is the folder; nothing else of it is read before."""
     place = tmp_path / "global_step1"
     place.mkdir()
-    values_of(place / STATE_FILE, sources=["gone"], pixels=[None, None])
+    values_of(place / STATE_FILE, sources=["gone"], pixels=[None, None], stage="sft", dtype="float32")
     return ["export", place, tmp_path / "out", "--model", folder]
 
 

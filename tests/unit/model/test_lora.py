@@ -274,7 +274,7 @@ def test_runs_without_adapters_keep_their_keys(mixed: Path, tmp_path: Path) -> N
 
     def material(**settings: Any) -> dict[str, Any]:
         config = config_of(data_path=mixed, **settings)
-        return _train_node(config, "one", None, tmp_path).material["settings"]
+        return _train_node(config, "one", None, None, tmp_path).material["settings"]
 
     assert not [name for name in material() if name.startswith("lora_")]
     assert material(lora_rank=4)["lora_rank"] == 4

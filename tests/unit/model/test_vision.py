@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -27,6 +29,7 @@ from mirage_ds.model.load import attend_in_segments, load_tower, read_config
 from mirage_ds.model.presets import PRESETS
 from mirage_ds.model.vision import CALL_PATCHES, FrozenTower, features_of, trained_features
 from mirage_ds.run import step
+from mirage_ds.run.setup import Learner
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 # Windows whole and cut off at one edge and at two, and images of less than a window; of one and of two merged features,
@@ -246,7 +249,9 @@ def test_features_stay_on_the_card_and_grids_on_the_host(
         seen.append(pack(SimpleNamespace(head=head), tower, encoder, samples))
     else:
         monkeypatch.setattr(step, "objective", lambda *_: ())
-        learner = SimpleNamespace(tower=tower, engine=seen.append)
+        engine = Mock(side_effect=seen.append, module=SimpleNamespace(encodes_helpers=False))
+        learner = SimpleNamespace(tower=tower, targets=None, engine=engine)
+        learner.attach = partial(Learner.attach, learner)
         run = SimpleNamespace(world=SimpleNamespace(device=META), config=SimpleNamespace(gamma=1, reduction="token"))
         step.forward(run, learner, collate(samples, 1, encoder.dummy(0)), None)
     (batch,) = seen
