@@ -1,6 +1,6 @@
 """Latent blocks in decoding: how long they may become, the tokens around them, what is fed at their slots.
 
-Training places them in data/encode.py, whatever `--slots` says.
+In training `--slots` acts in data/encode.py.
 
 m rows that come to a slot, H hidden.
 """
