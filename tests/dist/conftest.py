@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file, save_file
 from support.group import Group, template
-from support.models import make_nano
+from support.models import make_nano, untie
 
 # Of one rank: engines that were not destroyed, compiled code, caches. DeepSpeed collects garbage in every step.
 MOST_BYTES = 3 << 29
@@ -64,17 +62,7 @@ def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def untied(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Nano with an output matrix of its own."""
-    from transformers import Qwen2_5_VLConfig
-
-    folder = tmp_path_factory.mktemp("models") / "untied"
-    shutil.copytree(nano, folder)
-    config = Qwen2_5_VLConfig.from_pretrained(folder)
-    config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
-    config.save_pretrained(folder)
-    weights = load_file(folder / "model.safetensors")
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].flip(0).clone()
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+    return untie(nano, tmp_path_factory.mktemp("models") / "untied")
 
 
 @pytest.fixture(scope="session")

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from support.alike import slowly
 from support.group import Group
 from support.indices import open_index
+from support.models import untie
 from support.on_disk import files, log_of, rewrite
 
 from mirage_ds import train
@@ -317,16 +318,7 @@ def test_evaluation_measures_the_models_loss_and_changes_no_bit(
 @pytest.fixture(scope="module")
 def free(runs: Runs, nano: Path) -> Path:
     """A run of two steps from a model with an output matrix of its own."""
-    from transformers import Qwen2_5_VLConfig
-
-    folder, out = runs.scratch / "untied", runs.scratch / "free"
-    shutil.copytree(nano, folder)
-    config = Qwen2_5_VLConfig.from_pretrained(folder)
-    config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
-    config.save_pretrained(folder)
-    weights = load_file(folder / "model.safetensors")
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].flip(0).clone()
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    folder, out = untie(nano, runs.scratch / "untied"), runs.scratch / "free"
     assert runs.train(out, model=str(folder), max_steps=2, warmup_steps=0) is None
     return out
 

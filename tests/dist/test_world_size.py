@@ -25,6 +25,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.group import Group
+from support.models import untie
 from support.on_disk import lines_of, rewrite
 
 from mirage_ds import train
@@ -232,19 +233,10 @@ class Runs:
 def runs(
     one_rank: Group, group: Group, nano: Path, mixed: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Runs]:
-    from transformers import Qwen2_5_VLConfig
-
     groups, scratch = Groups(one_rank, group), tmp_path_factory.mktemp("world_size")
     for name, values in JSONS.items():
         (scratch / f"{name}.json").write_text(json.dumps(values))
-    untied = scratch / "untied"
-    shutil.copytree(nano, untied)
-    config = Qwen2_5_VLConfig.from_pretrained(untied)
-    config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
-    config.save_pretrained(untied)
-    weights = load_file(untied / "model.safetensors")
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].flip(0).clone()
-    save_file(weights, untied / "model.safetensors", metadata={"format": "pt"})
+    untied = untie(nano, scratch / "untied")
     base = BASE | dict(model="tied", data_path=mixed, cache_dir=scratch / "cache")
     made = Runs(groups, base, scratch, dict(tied=nano, untied=untied))
     # At once, since other sizes end the group of two. Slow tests alone ask for the others.
