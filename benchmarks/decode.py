@@ -178,6 +178,8 @@ def mixed(ours: Ours, before: Before | None, lengths: Sequence[int], batch: int,
     # Both read the same prompts.
     reading = cpu_seconds(lambda: ours.answers(ours.samples, [1] * len(lengths), batch))[0]
     rates = [round(sum(lengths) / statistics.median(side), 1) for side in zip(*pairs, strict=True)]
+    some = [lengths[at : at + batch] for at in range(0, len(lengths), batch)]
+    needed = sum(lengths) / sum(max(one) * len(one) for one in some)
     return {
         "rows": len(lengths),
         "new": [min(lengths), round(statistics.fmean(lengths), 1), max(lengths)],
@@ -185,6 +187,8 @@ def mixed(ours: Ours, before: Before | None, lengths: Sequence[int], batch: int,
         "before" if before else "fixed_batches": rates[1],
         "ratio": round(statistics.median(fixed / own for own, fixed in pairs), 3),
         "ratio_without_prompts": round(statistics.median((b - reading) / (a - reading) for a, b in pairs), 3),
+        # If only rows that still write cost anything, each what it costs the fixed batches.
+        "most": round(statistics.median(b / (reading + (b - reading) * needed) for _, b in pairs), 3),
     }
 
 
