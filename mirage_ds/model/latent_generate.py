@@ -98,6 +98,11 @@ def generate(*arguments: Any, model: Any, logits_processor: Any = None, **given:
             f"{model.name_or_path} was trained with slots {slots!r}, which are not known here; `mirage-ds generate` "
             "decodes it"
         )
+    if trained.get("latent_passes") is not None:
+        raise ValueError(
+            f"{model.name_or_path} makes the latents of a block together (latent_passes), which is not known here; "
+            "`mirage-ds generate` decodes it"
+        )
     config = given.get("generation_config") or model.generation_config
     for name, fine in ONE_BY_ONE.items():
         if given.get(name, getattr(config, name, None)) not in (None, fine):
