@@ -5,7 +5,9 @@ T passes, k latents a run, p first latent of a run, H hidden.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +25,25 @@ from test_forward import (  # noqa: F401  # sharp and doubled are fixtures
     sharp,
 )
 from test_generate import Generated, World, by_plan, quickly, world_of
+from test_latent_generate import TRAINED, saved
 from torch import nn
+from transformers import AutoModelForImageTextToText
 
+from mirage_ds.analysis.bench import Bench
+from mirage_ds.config.run import RunConfig
 from mirage_ds.data.batch import Batch, collate
+from mirage_ds.data.images import ImageFinder
+from mirage_ds.data.record_files import scan
 from mirage_ds.data.sample import Sample
+from mirage_ds.engine.save import change_rows
 from mirage_ds.errors import UserError
+from mirage_ds.evaluate.decoder import answer_records, load_decoder, run_limits, save_decoder
 from mirage_ds.model.choose import Turn
 from mirage_ds.model.latents import INPUTS, LatentInputs, load_inputs
 from mirage_ds.model.load import Loaded
 from mirage_ds.model.loss import objective
 from mirage_ds.model.slots import Limits, Slot
+from mirage_ds.run.settings import check_together
 
 K = 3
 # Two runs, one, two neighbours, none.
@@ -379,3 +390,84 @@ def test_rows_that_wait_answer_as_all_at_once(world: World) -> None:
     wanted = quickly(world, world.samples, Limits(12), choose)
     for got, one in zip(quickly(world, world.samples, Limits(12, rows=2), choose), wanted, strict=True):
         assert_same(got, one)
+
+
+# ------------------------------------------------------------------------------------------------- the bench, the folder
+
+
+@pytest.mark.parametrize("passes", [0, 1, 2])
+def test_the_bench_feeds_what_the_last_pass_was_fed(sharp: Path, doubled: Path, passes: int) -> None:  # noqa: F811
+    """Own latents of the controls: fed as known vectors in one pass, they give the states that they were made with."""
+    task = Task(sharp, doubled, "stage2", K)
+    samples, plain, loaded = task.samples((0, 1, 2)), Plain(task), load(task, passes)
+    encoder = replace(encoder_of(sharp, doubled, "stage2", K), latent_passes=passes)
+    bench, own = Bench(loaded.model.eval(), loaded.tower, encoder), loaded.model.latent_inputs.weight
+    with torch.no_grad():
+        batch, inputs, hidden = bench.fed_back(samples)
+        states = [slow_row(plain, sample, own, passes) for sample in samples]
+        rows = [
+            together(
+                lambda x, s=sample: plain.states(x, s), inputs[start : start + len(sample.input_ids)], p, own, passes
+            )
+            for sample, start in zip(samples, batch.cu_seqlens.tolist(), strict=False)
+            for p, _ in sample.runs
+        ]
+        torch.testing.assert_close(hidden, torch.cat(states), rtol=0, atol=1e-5)
+        torch.testing.assert_close(inputs[batch.latents], torch.cat(rows), rtol=0, atol=1e-5)
+        one, (_, deep) = bench.batch(samples), bench.inputs(batch)
+        assert len(one.passes) == 1
+        torch.testing.assert_close(bench.hidden(one, inputs, deep), hidden, rtol=0, atol=1e-5)
+
+
+def test_a_folder_keeps_inputs_and_passes_and_is_decoded_by_them(nano: Path, mixed: Path, tmp_path: Path) -> None:
+    decoder, _ = saved(nano, mixed, tmp_path)
+    width, encoder = decoder.loaded.model.head.weight.shape[1], decoder.encoder
+    decoder.loaded.model.latent_inputs = inputs_of(width, K, 1)
+    folder = tmp_path / "together"
+    save_decoder(decoder, folder, TRAINED | dict(latent_passes=1))
+    other = load_decoder(folder, ImageFinder.beside(mixed, None))
+    found = other.loaded.model.latent_inputs
+    assert (found.passes, other.encoder.latent_passes) == (1, 1)
+    assert torch.equal(found.weight, decoder.loaded.model.latent_inputs.weight)
+    assert json.loads((folder / "config.json").read_text())["mirage"].keys() >= {"latent_passes", "latent_tokens"}
+    assert "latent_heads" not in json.loads((folder / "config.json").read_text())["mirage"]
+    records = [scan(mixed)[0][row] for row in (0, 1, 2)]
+    limits = run_limits(other, 16, 8, "trained")
+    answers = answer_records(other, records, limits)
+    runs = [length for one in answers for length in one.runs]
+    assert runs
+    assert set(runs) <= {K}
+    # Without the latents of training it is another model.
+    decoder.loaded.model.latent_inputs = None
+    assert decoder.encoder is encoder
+    turn = answer_records(decoder, records, limits)
+    assert [one.ids for one in turn] != [one.ids for one in answers]
+    assert run_limits(other, 16, 8, str(K)).fixed_run == K
+    for length in ("model", "2"):
+        with pytest.raises(UserError, match=f"--run_length {length}: .* makes its {K} latents together; leave it out"):
+            run_limits(other, 16, 8, length)
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    with pytest.raises(ValueError, match="makes the latents of a block together"):
+        model.generate(torch.tensor([[1, 2]]), max_new_tokens=2)
+    change_rows(folder, tmp_path / "more", other.loaded.config.text_config.vocab_size + 8, 0)
+    again = load_decoder(tmp_path / "more", ImageFinder.beside(mixed, None))
+    assert torch.equal(again.loaded.model.latent_inputs.weight, found.weight)
+    assert load_decoder(folder, ImageFinder.beside(mixed, None), latents=False).loaded.model.latent_inputs is None
+
+
+@pytest.mark.parametrize(
+    ("trained", "sentence"),
+    [
+        ({"latent_heads": "gaussian"}, "--latent_passes 2: m has heads that draw latents in turn; start from what rl"),
+        (
+            {"latent_passes": 0, "latent_size": 3},
+            "--latent_passes 2: m has learned inputs of 3 slots; give --latent_size 3",
+        ),
+    ],
+)
+def test_starts_that_cannot_be_made_together_are_refused(trained: dict[str, Any], sentence: str) -> None:
+    given: Any = dict(model="m", stage="stage2", data_path="d", save_model_path="s", latent_passes=2)
+    with pytest.raises(UserError) as caught:
+        check_together(RunConfig(**given), trained, Path("m"))
+    assert str(caught.value).startswith(sentence)
+    check_together(RunConfig(**given), {"latent_passes": 0, "latent_size": 4}, Path("m"))
