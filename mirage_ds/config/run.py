@@ -72,7 +72,7 @@ class _Settings(BaseModel):
     latent_loss: LatentLoss = Field("cosine", description="Of stage 1's latents: 1 − cosine, or mean squared distance.")
     latent_targets: Path | None = Field(None, description="stage1: targets by the encoder that scaffold saved here.")
     feed: Feed = Field("targets", description="stage1: what latents get as inputs; own: the model's states, as stage2.")
-    latent_passes: int | None = Field(None, ge=0, description="Make a block's latents together in T passes; 0: in parallel.")
+    latent_passes: int | None = Field(None, ge=0, description="A block's latents together in T passes; 0: in parallel.")
     detach_latents: bool = Field(False, description="No gradient through the states that are fed back (stage2, own).")
     train_targets: bool = Field(False, description="stage1 --train_vision: CE trains the tower through latents.")
     train_vision: bool = Field(False, description="Train the vision tower too; in scaffold a copy of it.")

@@ -268,8 +268,8 @@ class Loop:
         for place, row in enumerate(rows):
             row.length += k - 1
             if self.trace:
-                row.made.inputs += fed[place, :-1].clone()
-                row.made.hidden += states[place, :-1].clone()
+                row.made.inputs += fed[place, :-1].clone().unbind()
+                row.made.hidden += states[place, :-1].clone().unbind()
         return fed
 
     def _walk(self, x: torch.Tensor, positions: torch.Tensor, step: Any) -> torch.Tensor:

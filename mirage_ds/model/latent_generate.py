@@ -93,15 +93,12 @@ def generate(*arguments: Any, model: Any, logits_processor: Any = None, **given:
     """
     trained = getattr(model.config, "mirage", None) or {}
     slots = "none" if "latent_tokens" not in trained else trained.get("slots") or "latents"
+    if "latent_passes" in trained:
+        slots = "latents made together"
     if slots != "latents":
         raise ValueError(
             f"{model.name_or_path} was trained with slots {slots!r}, which are not known here; `mirage-ds generate` "
             "decodes it"
-        )
-    if trained.get("latent_passes") is not None:
-        raise ValueError(
-            f"{model.name_or_path} makes the latents of a block together (latent_passes), which is not known here; "
-            "`mirage-ds generate` decodes it"
         )
     config = given.get("generation_config") or model.generation_config
     for name, fine in ONE_BY_ONE.items():

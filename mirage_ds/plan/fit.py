@@ -9,12 +9,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mirage_ds.config.run import HELPED, passes_of_block
+from mirage_ds.config.run import HELPED
 from mirage_ds.data.passes import schedule
 from mirage_ds.engine.ds_config import read_json, recipes
 from mirage_ds.model.chunks import chunk_budget
 from mirage_ds.plan.activations import Micro, PassShape, Peak, Terms, peak, saved_terms, splits, total
-from mirage_ds.plan.formulas import Machine, Step, step_cost
+from mirage_ds.plan.formulas import Machine, Step, step_cost, walk
 from mirage_ds.plan.gpus import A100, H100_SXM, PEAKS
 from mirage_ds.plan.rollout import recorded, reference, sampling, seconds
 from mirage_ds.plan.settings import Settings, read_settings
@@ -74,8 +74,8 @@ def _micro(spec: PlanSpec, model: Sizes, machine: Machine) -> Micro:
     rows, first = spec.micro_batch_tokens // spec.row_tokens, int(spec.row_tokens * (1 - spec.labelled))
     apart = (spec.row_tokens - first) // blocks
     runs = [(first + number * apart, k) for number in range(blocks)] if spec.recurrent else []
-    passes = 1 + len(runs) * passes_of_block(k, spec.latent_passes)
-    plans = schedule([spec.row_tokens] * rows, [runs] * rows, passes, spec.latent_passes)
+    walked = walk("stage2" if spec.recurrent else "sft", k, blocks, spec.latent_passes)
+    plans = schedule([spec.row_tokens] * rows, [runs] * rows, walked.passes, spec.latent_passes)
     # A latent's own place carries no label.
     alone = spec.stage == "sft" or (spec.stage == "rl" and spec.latent_policy == "text")
     labelled = spec.row_tokens - first - (0 if alone else k * blocks)

@@ -392,7 +392,7 @@ def test_rows_that_wait_answer_as_all_at_once(world: World) -> None:
         assert_same(got, one)
 
 
-# ------------------------------------------------------------------------------------------------- the bench, the folder
+# ------------------------------------------------------------------------------------------------ the bench, the folder
 
 
 @pytest.mark.parametrize("passes", [0, 1, 2])
@@ -447,7 +447,7 @@ def test_a_folder_keeps_inputs_and_passes_and_is_decoded_by_them(nano: Path, mix
         with pytest.raises(UserError, match=f"--run_length {length}: .* makes its {K} latents together; leave it out"):
             run_limits(other, 16, 8, length)
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
-    with pytest.raises(ValueError, match="makes the latents of a block together"):
+    with pytest.raises(ValueError, match="trained with slots 'latents made together', which are not known here"):
         model.generate(torch.tensor([[1, 2]]), max_new_tokens=2)
     change_rows(folder, tmp_path / "more", other.loaded.config.text_config.vocab_size + 8, 0)
     again = load_decoder(tmp_path / "more", ImageFinder.beside(mixed, None))
