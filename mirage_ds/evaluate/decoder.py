@@ -68,7 +68,13 @@ class Decoder:
         return self.loaded.tower
 
     def latent_encoder(self, stage: Stage, k: int) -> Encoder:
-        """Make an encoder of a stage that has latents, k a block, as the model was trained with."""
+        """Make an encoder of a stage that has latents, k a block, as the model was trained with.
+
+        Raises:
+            UserError: its latents are made together, and are not k.
+        """
+        if self.encoder.latent_passes is not None and k != (own := self.trained["latent_size"]):
+            raise UserError(f"{k} latents a block: {self.folder} makes its {own} together; leave the number out")
         compress = self.trained.get("compress_strategy", "average")
         return replace(self.encoder, stage=stage, latent_size=k, compress=compress)
 

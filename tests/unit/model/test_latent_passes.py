@@ -446,6 +446,9 @@ def test_a_folder_keeps_inputs_and_passes_and_is_decoded_by_them(nano: Path, mix
     for length in ("model", "2"):
         with pytest.raises(UserError, match=f"--run_length {length}: .* makes its {K} latents together; leave it out"):
             run_limits(other, 16, 8, length)
+    with pytest.raises(UserError, match=f"2 latents a block: .* makes its {K} together; leave the number out"):
+        other.latent_encoder("stage2", 2)
+    assert other.latent_encoder("stage2", K).latent_passes == 1
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
     with pytest.raises(ValueError, match="trained with slots 'latents made together', which are not known here"):
         model.generate(torch.tensor([[1, 2]]), max_new_tokens=2)
