@@ -53,7 +53,7 @@ ROOMS = {
     # 15: a start whose latents can be made together.
     "run": 2035,
     "plan": 1260,
-    "evaluate": 990,
+    "evaluate": 995,
     # The table of other trainers' names (100 lines, nearly all of them data), and `config import` (330).
     # Help under headings, one way to a run's settings: 25.
     "config": 940,
@@ -74,7 +74,7 @@ ROOMS = {
     # The client of OpenAI-compatible servers, out of curate, for judges too.
     "chat": 150,
 }
-TOTAL = 25_245
+TOTAL = 25_250
 FILE_LINES, FUNCTION_LINES = 400, 80
 # 101: a study asks tasks for the level of a record, where it had a copy of that function. 103: replay shows tables.
 # 124: serve 6, rl and chat 15. 126: serve takes the conditions of controls, a study shows rollouts.
