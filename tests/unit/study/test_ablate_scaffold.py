@@ -67,9 +67,12 @@ def test_a_changed_scaffold_makes_a_new_stage1_and_old_runs_keep_their_keys(tmp_
 
 
 def test_latents_made_together_are_another_run_and_idle_where_none_are_made(tmp_path: Path, nano: Path) -> None:
-    arms = {"turn": {"chain": ["base", "own", "stage2"]}}
-    arms["jacobi"] = arms["turn"] | {"latent_passes": 2}
-    arms["parallel"] = arms["turn"] | {"latent_passes": 0, "detach_latents": True}
+    chain: dict[str, Any] = {"chain": ["base", "own", "stage2"]}
+    arms = {
+        "turn": chain,
+        "jacobi": chain | {"settings": {"latent_passes": 2}},
+        "parallel": chain | {"settings": {"latent_passes": 0, "detach_latents": True}},
+    }
     made, _ = study(tmp_path, nano, arms=arms)
     turn, jacobi, parallel = ([made.nodes[key] for key in cell.stages] for cell in made.cells)
     assert turn[0] == jacobi[0] == parallel[0]
