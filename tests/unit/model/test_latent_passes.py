@@ -273,21 +273,22 @@ def slowly(
             0
         ]
 
-    run, k = -1, len(inputs.weight)
+    run, k, inside = -1, len(inputs.weight), False
     while True:
         hidden = states(x)
         out.hidden += hidden[len(sample.input_ids) - 1 + len(out.hidden) :].unbind()
-        token, last = choose(model.lm_head(hidden[-1:]), len(out.ids)), out.ids[-1] if out.ids else None
+        token, opens = choose(model.lm_head(hidden[-1:]), len(out.ids)), out.ids[-1:] == [start]
         # A run is taken whole, and ends where it ends, whatever is chosen.
-        out.ids += [pad] * min(k, limit - len(out.ids)) if last == start else [end if last == pad else token]
+        out.ids += [pad] * min(k, limit - len(out.ids)) if opens else [end if inside else token]
+        inside = opens
         if out.ids[-1] in stops or len(out.ids) == limit:
             return out
-        if last == start:
+        if opens:
             run += 1
             fed = replaced(run, together(states, x, len(x), inputs.weight, inputs.passes))
         else:
             fed = embed(torch.tensor(out.ids[-1:]))
-        out.fed += "H" * k if last == start else "E"
+        out.fed += "H" * k if opens else "E"
         x = torch.cat([x, fed])
         out.inputs += fed.unbind()
 
