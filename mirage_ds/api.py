@@ -295,10 +295,7 @@ class Mirage:
         # A Sample is itself a tuple.
         samples = [samples] if isinstance(samples, Sample) else samples
         helped = any(len(sample.helper_groups) for sample in samples)
-        deepest = max((sum(k for _, k in sample.runs) for sample in samples), default=0)
-        return pack(
-            self.model, self._decoder.tower, self._decoder.encoder, samples, passes=1 if helped else 1 + deepest
-        )
+        return pack(self.model, self._decoder.tower, self._decoder.encoder, samples, recurrent=not helped)
 
     def loss(self, batch: Batch, ce_weight: float | None = None) -> Losses:
         """Compute the loss that the batch's stage minimizes, with gradient where torch records it.

@@ -22,7 +22,8 @@ from mirage_ds.errors import UserError, is_text, shown
 TRAINED_KEY = "mirage"
 # What transformers loads as the model's `generate`, where it may.
 GENERATE = "custom_generate/generate.py"
-# Weights that make latents of hidden states (model/latent_heads.py), likewise. In a folder of its own: what lies beside
+# Weights that make latents of hidden states (model/latent_heads.py) or stand in their place at first (LatentInputs in
+# model/latents.py), likewise. In a folder of its own: what lies beside
 # config.json is exactly what that describes, and vLLM opens every safetensors file there.
 HEADS = "latent_heads/heads.safetensors"
 # What --stage scaffold saves in place of a model (model/targets.py).

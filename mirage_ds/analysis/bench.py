@@ -49,32 +49,40 @@ class Bench:
         """Ids of the latent tokens."""
         return latent_tokens(self.encoder)
 
-    def batch(self, samples: Sequence[Sample], passes: int = 1) -> Batch:
+    def batch(self, samples: Sequence[Sample], recurrent: bool = False) -> Batch:
         """Pack rows, with the features of their images."""
-        return pack(self.model, self.tower, self.encoder, samples, passes, self.targets)
+        return pack(self.model, self.tower, self.encoder, samples, recurrent, self.targets)
 
     def prompts(self, samples: Sequence[Sample]) -> Prompts:
         """Make encoded prompts ready for the decoder."""
         return prompts_of(self.model, self.tower, self.encoder, samples)
 
     def inputs(self, batch: Batch) -> tuple[torch.Tensor, Deep | None]:
-        """Input embeddings (T, H) with the images in place; a slot holds the embedding of its pad token."""
+        """Input embeddings (T, H) with the images in place; a slot holds its pad token's, or its LatentInputs."""
         embeddings = self.model.language_model.embed_tokens(batch.input_ids)
         assert batch.image_features is not None
+        if self.model.latent_inputs is not None:
+            embeddings = self.model.latent_inputs(embeddings, batch.latents)
         return place_images(embeddings, batch.image_features, batch.image_positions)
 
     def hidden(self, batch: Batch, inputs: torch.Tensor, deep: Deep | None) -> torch.Tensor:
         """Final-norm hidden states (T, H) of the packed rows, in the batch's passes."""
+        return in_order(self._walked(batch, inputs, deep), batch.passes)
+
+    def _walked(self, batch: Batch, inputs: torch.Tensor, deep: Deep | None) -> list[torch.Tensor]:
         model, passes = self.model, batch.passes
         walked = (model.language_model, model.layers, inputs, batch.position_ids, passes, model.how.attention)
-        return in_order(run_passes(*walked, checkpointing=False, deep=deep, feed=model.feed), passes)
+        return run_passes(*walked, checkpointing=False, deep=deep, feed=model.feed)
 
     def fed_back(self, samples: Sequence[Sample]) -> tuple[Batch, torch.Tensor, torch.Tensor]:
         """Run rows with their answers given and every block fed the states before its slots, as stage 2 does.
 
         Returns:
-            The batch, embeddings (T, H) with the images in place, and final-norm hidden states (T, H).
+            The batch, what was fed (T, H), at latents in their last runs, and final-norm hidden states (T, H) of these.
         """
-        batch = self.batch(samples, 1 + max(sum(k for _, k in sample.runs) for sample in samples))
-        embeddings, deep = self.inputs(batch)
-        return batch, embeddings, self.hidden(batch, embeddings, deep)
+        batch = self.batch(samples, recurrent=True)
+        inputs, deep = self.inputs(batch)
+        hidden = self._walked(batch, inputs, deep)
+        for states, one in zip(hidden, batch.passes[1:], strict=False):
+            inputs = inputs.index_copy(0, one.tokens[one.fed], self.model.feed(states[one.sources]))
+        return batch, inputs, in_order(hidden, batch.passes)

@@ -37,12 +37,13 @@ LOSSES = ("loss", "ce", "token_ce", "sim")
 LATENT_MEASURES = ("cosine_within", "cosine_between", "share_between", "share_slots", "effective_rank")
 
 
-def cache_folder(cache_dir: Path | None) -> Path:
-    """Where indices of records and kept features lie unless a run names another folder.
+def passes_of_block(k: int, latent_passes: int | None) -> int:
+    """Passes that a block of k latents adds: k in turn, T together; after k of those no latent changes any more."""
+    return k if latent_passes is None else min(k, latent_passes)
 
-    Args:
-        cache_dir: --cache_dir.
-    """
+
+def cache_folder(cache_dir: Path | None) -> Path:
+    """Where indices of records and kept features lie unless --cache_dir names another folder."""
     return cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mirage_ds"
 
 
@@ -71,6 +72,7 @@ class _Settings(BaseModel):
     latent_loss: LatentLoss = Field("cosine", description="Of stage 1's latents: 1 − cosine, or mean squared distance.")
     latent_targets: Path | None = Field(None, description="stage1: targets by the encoder that scaffold saved here.")
     feed: Feed = Field("targets", description="stage1: what latents get as inputs; own: the model's states, as stage2.")
+    latent_passes: int | None = Field(None, ge=0, description="A block's latents together in T passes; 0: in parallel.")
     detach_latents: bool = Field(False, description="No gradient through the states that are fed back (stage2, own).")
     train_targets: bool = Field(False, description="stage1 --train_vision: CE trains the tower through latents.")
     train_vision: bool = Field(False, description="Train the vision tower too; in scaffold a copy of it.")
@@ -228,8 +230,9 @@ class RunConfig(RlSettings, _Settings):
             raise ValueError("--train_targets trains the tower of stage1: add --train_vision and --stage stage1")
         if self.profile_steps is not None and not self.profiled:
             raise ValueError(f"--profile_steps {self.profile_steps}: give FIRST:LAST, such as 20:22")
-        if self.detach_latents and not (self.stage == "stage2" or self.feed == "own"):
-            raise ValueError(f"--detach_latents is for --stage stage2: no state is fed back in {self.stage}")
+        if self.detach_latents and (self.stage == "rl" or not self.recurrent):
+            where = self.stage if self.latent_passes is None else "--latent_passes 0"
+            raise ValueError(f"--detach_latents is for --stage stage2: no state is fed back in {where}")
         self._agree_in_rl()
         if self.resume == "auto" and self.overwrite:
             raise ValueError("--resume auto continues a run and --overwrite starts it over: give one of them")
@@ -260,6 +263,10 @@ class RunConfig(RlSettings, _Settings):
             raise ValueError(f"--feed own is for --stage stage1, this run is {stage}: leave it out")
         if self.feed == "own" and self.slots == "auxiliary":
             raise ValueError("--feed own: answers of --slots auxiliary see no latents; leave out one")
+        if (passes := self.latent_passes) is not None and stage != "stage2" and self.feed != "own":
+            raise ValueError(
+                f"--latent_passes {passes} is for stage2 and --feed own, this run is {stage}: leave it out"
+            )
         if self.feed == "own" and self.train_targets:
             raise ValueError("--train_targets trains the tower by the latents' inputs, which --feed own replaces")
 
@@ -339,7 +346,7 @@ class RunConfig(RlSettings, _Settings):
     @property
     def recurrent(self) -> bool:
         """Whether states are fed back at latents, in passes."""
-        return self.stage in ("stage2", "rl") or self.feed == "own"
+        return (self.stage in ("stage2", "rl") or self.feed == "own") and self.latent_passes != 0
 
     def passes(self, most_runs: int) -> int:
         """Passes of the forward, the same for all ranks' micro-batches of a micro-step (see data.passes.schedule).
@@ -348,7 +355,7 @@ class RunConfig(RlSettings, _Settings):
             most_runs: latent blocks of the row that has most among them.
         """
         if self.recurrent:
-            return most_runs * self.latent_size + 1
+            return most_runs * passes_of_block(self.latent_size, self.latent_passes) + 1
         return 2 if self.slots == "auxiliary" else 1
 
     @property

@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import torch
 
+from mirage_ds.config.run import passes_of_block
 from mirage_ds.data.passes import PassPlan, schedule, schedule_auxiliary
 from mirage_ds.data.pooling import DROPPED
 from mirage_ds.data.sample import IGNORE, Sample
@@ -22,14 +23,13 @@ class Pass(NamedTuple):
     """One pass of the forward, on tensors (see passes.PassPlan).
 
     Attributes:
-        tokens: (Tq,) packed indices; first: (Nq,) where each sample begins in them; sources: (Nq,) what is fed back
-            there, empty where nothing is.
+        tokens: (Tq,) packed indices; fed: (Lq,) places in them where states are fed back; sources: (Lq,) of these.
         keys: (Tk,) order of the visible keys; cu_q, cu_k: (Nq + 1,) int32 cumulative lengths; max_q, max_k: longest.
-        labelled: (Mj,) places in `tokens` whose next token is a label.
+        labelled: (Mj,) places in `tokens` whose next token is a label, where they run for the last time.
     """
 
     tokens: torch.Tensor
-    first: torch.Tensor
+    fed: torch.Tensor
     sources: torch.Tensor
     keys: torch.Tensor
     cu_q: torch.Tensor
@@ -84,6 +84,11 @@ class Batch(NamedTuple):
     fed: torch.Tensor | None = None
 
 
+def deepest(samples: Sequence[Sample], latent_passes: int | None) -> int:
+    """Return the passes behind the first that samples need whose latents are fed back; −1 without samples."""
+    return max((sum(passes_of_block(k, latent_passes) for _, k in sample.runs) for sample in samples), default=-1)
+
+
 def _cumulative(lengths: Sequence[int]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
 
@@ -92,7 +97,7 @@ def _pass(plan: PassPlan, predicts: np.ndarray) -> Pass:
     cu_q = _cumulative(plan.query_lengths)
     return Pass(
         tokens=torch.from_numpy(plan.tokens),
-        first=cu_q[:-1].long(),
+        fed=torch.from_numpy(plan.fed),
         sources=torch.from_numpy(plan.sources),
         keys=torch.from_numpy(plan.keys),
         cu_q=cu_q,
@@ -103,18 +108,21 @@ def _pass(plan: PassPlan, predicts: np.ndarray) -> Pass:
     )
 
 
-def collate(samples: Sequence[Sample], passes: int, dummy: Sample, auxiliary: bool = False) -> Batch:
+def collate(
+    samples: Sequence[Sample], passes: int, dummy: Sample, auxiliary: bool = False, latent_passes: int | None = None
+) -> Batch:
     """Pack Samples into one Batch.
 
     Args:
         passes: passes of this micro-step on every rank (RunConfig.passes).
         dummy: row of weight zero (Encoder.dummy), appended where some pass would find no token.
         auxiliary: the answer does not attend to the latents.
+        latent_passes: as passes.schedule takes it.
     """
     packed = list(samples)
     recurrent = passes > 1 and not auxiliary
-    deepest = max((sum(k for _, k in sample.runs) for sample in packed), default=-1)
-    if not packed or (recurrent and deepest + 1 < passes) or (auxiliary and deepest < 1):
+    behind = deepest(packed, latent_passes)
+    if not packed or (recurrent and behind + 1 < passes) or (auxiliary and behind < 1):
         packed.append(dummy)
     lengths = [len(sample.input_ids) for sample in packed]
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
@@ -126,8 +134,11 @@ def collate(samples: Sequence[Sample], passes: int, dummy: Sample, auxiliary: bo
     if auxiliary:
         plans = schedule_auxiliary(lengths, [sample.runs for sample in packed])
     else:
-        plans = schedule(lengths, [sample.runs if recurrent else () for sample in packed], passes)
-    made = tuple(_pass(plan, predicts) for plan in plans)
+        plans = schedule(lengths, [sample.runs if recurrent else () for sample in packed], passes, latent_passes)
+    last = np.zeros(len(labels), dtype=np.int64)
+    for number, plan in enumerate(plans):
+        last[plan.tokens] = number
+    made = tuple(_pass(plan, predicts & (last == number)) for number, plan in enumerate(plans))
     labelled = np.concatenate([plan.tokens[one.labelled.numpy()] for plan, one in zip(plans, made, strict=True)])
     sample_of = np.repeat(np.arange(len(packed)), lengths)
     latents = [at + start + np.arange(k) for one, at in zip(packed, starts, strict=False) for start, k in one.runs]

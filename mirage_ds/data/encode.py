@@ -67,6 +67,7 @@ class Encoder:
         latent_size: k.
         slots: what stands where the helper stood, as config.RunConfig.slots.
         compress: how the helper's features become k targets.
+        latent_passes: of a block's latents together, as config.RunConfig.latent_passes.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -77,6 +78,7 @@ class Encoder:
     latent_size: int
     slots: Slots | None = None
     compress: Compress = "average"
+    latent_passes: int | None = None
 
     @cached_property
     def literals(self) -> Literals:

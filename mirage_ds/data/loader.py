@@ -75,7 +75,8 @@ class Rows:
         """
         (rows, runs), encoder = work, self.encoder
         dummy = encoder.dummy(max(runs, 1) if encoder.auxiliary else runs if passes(runs) > 1 else 0)
-        return ship(collate([self[row] for row in rows], passes(runs), dummy, encoder.auxiliary))
+        samples = [self[row] for row in rows]
+        return ship(collate(samples, passes(runs), dummy, encoder.auxiliary, encoder.latent_passes))
 
 
 class Loader:

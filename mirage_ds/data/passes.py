@@ -1,12 +1,14 @@
-"""In which pass of the forward each packed token runs, and which keys it sees. Integers alone, the same on every rank.
+"""In which passes of the forward a packed token runs, and which keys it sees. Integers alone, the same on all ranks.
 
-k latents a block, p position of a block's first latent.
+k latents a block, p position of a block's first latent, T passes of a block whose latents are made together.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from mirage_ds.config.run import passes_of_block
 
 
 class PassPlan(NamedTuple):
@@ -17,58 +19,73 @@ class PassPlan(NamedTuple):
         query_lengths, key_lengths: tokens and visible keys of each sample that takes part.
         keys: for each sample its keys in order, as indices into the keys of passes 0 … this one, concatenated in the
             order in which the passes made them.
-        sources: for each sample, the place in the previous pass's tokens whose final hidden state is the input of its
-            first token here (a latent); empty in pass 0, and where nothing is fed back.
+        fed: places in `tokens` of latents whose input is the state before them; none in pass 0.
+        sources: for each of these, the place in the previous pass's tokens of that state.
     """
 
     tokens: np.ndarray
     query_lengths: list[int]
     key_lengths: list[int]
     keys: np.ndarray
+    fed: np.ndarray
     sources: np.ndarray
 
 
-def schedule(lengths: Sequence[int], runs: Sequence[Sequence[tuple[int, int]]], passes: int) -> list[PassPlan]:
+def schedule(
+    lengths: Sequence[int], runs: Sequence[Sequence[tuple[int, int]]], passes: int, latent_passes: int | None = None
+) -> list[PassPlan]:
     """Plan the passes of the recurrent stage (or the single pass of the others) over a packed micro-batch.
 
     With blocks of k latents at positions p₁ < p₂ < …: pass 0 runs [0, p₁); pass j, 1 ≤ j < k, the j-th latent alone;
     pass k the last latent with all that follows up to p₂; and so on, blocks · k + 1 passes in all. A sample without
     latents lies whole in pass 0 and takes part in no other.
 
+    With T: pass 0 runs [0, p₁ + k); pass t, 1 ≤ t < T, the latents from the t-th on once more, each fed the state
+    before it of pass t − 1, for those before have theirs for good (the t-th pass of the recurrence would be the same);
+    pass T these with all that follows up to p₂ + k; blocks · min(T, k) + 1 passes. Keys of earlier runs are not seen.
+
     Args:
         lengths: tokens of each sample of the micro-batch.
         runs: the latent blocks of each sample as (p, k); all empty where there is one pass.
         passes: of the forward, at least the most any sample needs.
+        latent_passes: T; None where latents are made in turn.
 
     Returns:
         One PassPlan a pass.
     """
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    pass_of = np.zeros(int(starts[-1]), dtype=np.int64)
+    # The first and the last pass in which each token runs, and from which on its input is a state.
+    begin, end, fed = np.zeros((3, int(starts[-1])), dtype=np.int64)
+    fed[:] = passes
     for sample, sample_runs in enumerate(runs):
         number = 0
         for p, k in sample_runs:
-            at = int(starts[sample]) + p
-            pass_of[at : at + k] = number + 1 + np.arange(k)
-            number += k
-            pass_of[at + k : int(starts[sample + 1])] = number
-    if int(pass_of.max(initial=0)) >= passes:
-        raise ValueError(f"a sample needs {int(pass_of.max()) + 1} passes, there are {passes}")
+            at, slots, added = int(starts[sample]) + p, np.arange(k), passes_of_block(k, latent_passes)
+            own = slice(at, at + k)
+            if latent_passes is None:
+                begin[own] = end[own] = fed[own] = number + 1 + slots
+            else:
+                begin[own], end[own], fed[own] = number, number + np.minimum(added, slots + 1), number + 1
+            number += added
+            after = slice(at + k, int(starts[sample + 1]))
+            begin[after] = end[after] = number
+    if int(end.max(initial=0)) >= passes:
+        raise ValueError(f"a sample needs {int(end.max()) + 1} passes, there are {passes}")
     sample_of = np.repeat(np.arange(len(lengths)), lengths)
-    # A stable sort by pass keeps samples, and tokens within them, in order: the order in which keys are made.
-    made = np.argsort(pass_of, kind="stable")
-    place_of = np.empty_like(made)
-    place_of[made] = np.arange(len(made))
+    place_of, made = np.empty_like(begin), 0
     plans: list[PassPlan] = []
     before = np.empty(0, dtype=np.int64)
     for number in range(passes):
-        tokens = np.flatnonzero(pass_of == number)
-        members, first, counts = np.unique(sample_of[tokens], return_index=True, return_counts=True)
-        visible = np.isin(sample_of, members) & (pass_of <= number)
+        tokens = np.flatnonzero((begin <= number) & (number <= end))
+        # Keys are made in this order; of a token that runs again those of now are seen.
+        place_of[tokens] = made + np.arange(len(tokens))
+        made += len(tokens)
+        members, counts = np.unique(sample_of[tokens], return_counts=True)
+        visible = np.isin(sample_of, members) & (begin <= number)
         _, key_counts = np.unique(sample_of[visible], return_counts=True)
-        sources = np.searchsorted(before, tokens[first] - 1) if number else np.empty(0, dtype=np.int64)
-        keys = place_of[np.flatnonzero(visible)]
-        plans.append(PassPlan(tokens, counts.tolist(), key_counts.tolist(), keys, sources))
+        here = np.flatnonzero(fed[tokens] <= number)
+        sources = np.searchsorted(before, tokens[here] - 1)
+        plans.append(PassPlan(tokens, counts.tolist(), key_counts.tolist(), place_of[visible], here, sources))
         before = tokens
     return plans
 
@@ -96,6 +113,6 @@ def schedule_auxiliary(lengths: Sequence[int], runs: Sequence[Sequence[tuple[int
     for begin, at, k in spans:
         before = np.arange(begin, at)
         visible.append(np.concatenate([before[~is_latent[before]], np.arange(at, at + k)]))
-    of_text = PassPlan(text, counts.tolist(), counts.tolist(), place_of[text], none)
+    of_text = PassPlan(text, counts.tolist(), counts.tolist(), place_of[text], none, none)
     lengths_of_blocks, keys = [k for _, _, k in spans], place_of[np.concatenate(visible)]
-    return [of_text, PassPlan(latents, lengths_of_blocks, [len(one) for one in visible], keys, none)]
+    return [of_text, PassPlan(latents, lengths_of_blocks, [len(one) for one in visible], keys, none, none)]

@@ -34,6 +34,7 @@ from mirage_ds.model.folder import resolve_folder, weight_files
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.gathered import gathered
 from mirage_ds.model.latent_heads import PREFIX
+from mirage_ds.model.latents import INPUTS
 from mirage_ds.model.load import check_folder, expected_shapes, public_name, read_config
 from mirage_ds.model.shards import ShardWriter, write_tensors
 from mirage_ds.model.target_encoder import PREFIX as ENCODER
@@ -47,6 +48,8 @@ def trained_of(state: Mapping[str, Any]) -> dict[str, Any]:
     # Who decodes it meets no latent block, as with sft.
     stage = "sft" if state.get("latent_policy") == "text" else state["stage"]
     trained = dict(stage=stage, latent_size=state["latent_size"], slots=slots, compress_strategy=compress)
+    if (passes := state.get("latent_passes")) is not None:
+        trained["latent_passes"] = passes
     if lora := state.get("lora"):
         trained["lora"] = {name: lora[name] for name in ("rank", "alpha", "targets")}
     return trained
@@ -81,7 +84,7 @@ class Parts(NamedTuple):
 def finish_folder(
     writer: ShardWriter, dtype: torch.dtype, parts: Parts, adapter: Adapter | None, heads: dict[str, torch.Tensor]
 ) -> None:
-    """Put weights and everything else in place, the adapter that is merged into them and LatentHeads too.
+    """Put weights and everything else in place, the adapter that is merged into them, and LatentHeads or LatentInputs.
 
     config.json is written last: a folder without it is no model, so that an interrupted save is never taken for one.
     """
@@ -110,7 +113,8 @@ def finish_folder(
     if heads:
         (folder / HEADS).parent.mkdir(exist_ok=True)
         write_tensors({name.removeprefix(PREFIX): one for name, one in heads.items()}, folder / HEADS)
-        trained["latent_heads"] = "gaussian"
+        if INPUTS not in heads:
+            trained["latent_heads"] = "gaussian"
     write_atomically(folder / "config.json", config_json(parts.base, dtype, trained, parts.family.whole))
 
 
@@ -137,7 +141,7 @@ def save_model(model: MirageModel, tower: nn.Module | None, folder: Path, rank: 
         if writer and tensor is not None:
             name = public_name(stored)
             try:
-                if name.startswith(PREFIX):
+                if name.startswith(PREFIX) or name == INPUTS:
                     heads[name] = tensor
                 else:
                     writer.add(name, adapter.merged(name, tensor) if adapter else tensor)
@@ -188,7 +192,7 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, parts: Pa
             if name in expected and name not in written:
                 writer.add(name, tensor.contiguous().to(dtype))
                 written.add(name)
-            elif name.startswith(PREFIX):
+            elif name.startswith(PREFIX) or name == INPUTS:
                 heads[name] = tensor.contiguous().to(dtype)
         missing = expected.keys() - written
         for file in weight_files(parts.source):

@@ -25,6 +25,7 @@ from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.gathered import gathered
 from mirage_ds.model.kv_cache import bytes_of_block, tokens_of_block
 from mirage_ds.model.latent_heads import LatentHeads
+from mirage_ds.model.latents import LatentInputs
 from mirage_ds.model.load import public_name
 from mirage_ds.model.loss import LossHead
 from mirage_ds.model.slots import Limits
@@ -70,6 +71,8 @@ def _plain_model(model: MirageModel) -> MirageModel:
         heads.load_state_dict(tensors, assign=True)
     how = replace(model.how, checkpointing=False)
     plain = MirageModel(language_model, head, visual, how, latent_heads=heads)
+    if (inputs := model.latent_inputs) is not None:
+        plain.latent_inputs = LatentInputs(inputs.weight.data, inputs.passes)
     return plain.requires_grad_(False).eval()
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mirage_ds.config.run import Slots, Stage
-from mirage_ds.data.encode import LATENT_TOKENS, Encoder
+from mirage_ds.data.encode import LATENT_PAD, LATENT_TOKENS, Encoder
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder, load_tokenizer
 from mirage_ds.data.loader import check_records
@@ -29,6 +29,7 @@ from mirage_ds.model.choose import Chooser, Turn, greedy, sampler
 from mirage_ds.model.folder import resolve_folder
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.generate import Prompts, check_room, decode, generate
+from mirage_ds.model.latents import load_inputs
 from mirage_ds.model.load import Loaded, check_folder, load_model
 from mirage_ds.model.rows import Generated
 from mirage_ds.model.slots import Latents, LatentTokens, Limits, latent_tokens, noise, pause
@@ -67,7 +68,13 @@ class Decoder:
         return self.loaded.tower
 
     def latent_encoder(self, stage: Stage, k: int) -> Encoder:
-        """Make an encoder of a stage that has latents, k a block, as the model was trained with."""
+        """Make an encoder of a stage that has latents, k a block, as the model was trained with.
+
+        Raises:
+            UserError: its latents are made together, and are not k.
+        """
+        if self.encoder.latent_passes is not None and k != (own := self.trained["latent_size"]):
+            raise UserError(f"{k} latents a block: {self.folder} makes its {own} together; leave the number out")
         compress = self.trained.get("compress_strategy", "average")
         return replace(self.encoder, stage=stage, latent_size=k, compress=compress)
 
@@ -142,6 +149,12 @@ def load_decoder(
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = decoding_dtype(stored, device)
     loaded = load_model(place, stage="sft", dtype=dtype, device=device, checkpointing=False)
+    trained = read_trained(loaded.config)
+    if latents and (passes := trained.get("latent_passes")) is not None:
+        # What was trained is what is decoded.
+        embedding, pad = loaded.model.language_model.embed_tokens.weight, encoder.id_of(LATENT_PAD)
+        inputs = load_inputs(place, True, passes, trained["latent_size"], embedding, pad, device)
+        loaded.model.latent_inputs, encoder = inputs, replace(encoder, latent_passes=passes)
     loaded.model.eval()
     return Decoder(place, loaded, encoder, latents)
 
@@ -179,9 +192,11 @@ def run_limits(decoder: Decoder, new_tokens: int, longest_run: int, run_length: 
     """
     if new_tokens < 1:
         raise UserError(f"max_new_tokens {new_tokens}: an answer has at least one token; give more")
+    k = decoder.trained.get("latent_size")
+    if decoder.encoder.latent_passes is not None and run_length not in ("trained", str(k)):
+        raise UserError(f"--run_length {run_length}: {decoder.folder} makes its {k} latents together; leave it out")
     if run_length == "trained":
-        known = decoder.trained
-        fixed = slots_fed(known.get("slots"), known.get("latent_size"))
+        fixed = slots_fed(decoder.trained.get("slots"), k)
     elif run_length == "model":
         fixed = None
     elif run_length.isdecimal():

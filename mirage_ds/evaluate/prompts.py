@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from mirage_ds.data.batch import Batch, collate, to_device
+from mirage_ds.data.batch import Batch, collate, deepest, to_device
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.sample import IGNORE, Sample
 from mirage_ds.model.forward import MirageModel
@@ -16,11 +16,17 @@ def pack(
     tower: FrozenTower,
     encoder: Encoder,
     samples: Sequence[Sample],
-    passes: int = 1,
+    recurrent: bool = False,
     targets: Targets | None = None,
 ) -> Batch:
-    """Pack rows into a batch on the model's device, with the features of their images, or helpers' learned targets."""
-    batch = collate(samples, passes, encoder.dummy(0))
+    """Pack rows into a batch on the model's device, with the features of their images, or helpers' learned targets.
+
+    Args:
+        recurrent: in the passes that feed the model's own states at latents; else in one.
+    """
+    together = encoder.latent_passes
+    passes = 1 + max(0, deepest(samples, together)) if recurrent else 1
+    batch = collate(samples, passes, encoder.dummy(0), latent_passes=together)
     batch = batch if targets is None else targets.attach(batch)
     return to_device(tower.attach(batch), model.head.weight.device)
 

@@ -18,7 +18,7 @@ from mirage_ds.config.run import LatentLoss
 from mirage_ds.data.batch import Batch
 from mirage_ds.model.images import Deep, place_images
 from mirage_ds.model.latent_heads import LatentHeads, gaussian_logp, vlpo_logp
-from mirage_ds.model.latents import before_latents, compress, grounding, in_order, run_passes
+from mirage_ds.model.latents import LatentInputs, before_latents, compress, grounding, in_order, run_passes
 from mirage_ds.model.layers import Cut, DecoderLayers
 from mirage_ds.model.lora import Lora, TokenRows, adapters_off
 from mirage_ds.model.loss import LossHead, LossSums, label_scales, loss_sums
@@ -120,6 +120,9 @@ class MirageModel(nn.Module):
         lora: what the adapters in `language_model` are, if there are any; rows: what is trained of the embedding then.
         latent_heads: where latents are drawn (rl's policy "gaussian").
         target_encoder: in scaffold, what alone is trained.
+
+    Attributes:
+        latent_inputs: where a block's latents are made together; who loads the model sets it.
     """
 
     def __init__(
@@ -144,6 +147,7 @@ class MirageModel(nn.Module):
         self.lora = lora
         self.latent_heads = latent_heads
         self.target_encoder = target_encoder
+        self.latent_inputs: LatentInputs | None = None
 
     @property
     def encodes_helpers(self) -> bool:
@@ -221,6 +225,8 @@ class MirageModel(nn.Module):
         images, helpers = self._features(batch)
         embeddings, deep = place_images(embeddings, images, batch.image_positions)
         targets = None
+        if self.latent_inputs is not None:
+            embeddings = self.latent_inputs(embeddings, batch.latents)
         if self.target_encoder is not None:
             made = self.target_encoder(helpers, batch.helper_grid_thw)
             embeddings = embeddings.index_copy(0, batch.latents, made.to(embeddings.dtype))

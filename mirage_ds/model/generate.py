@@ -8,6 +8,9 @@ After an emitted `<|latent_start|>` a row's final-norm hidden states are fed bac
 the end token's embedding is. Each row enters and leaves its latent blocks by itself, any number of times. What is fed
 at a block's k slots can be replaced (Latents).
 
+Of a model with LatentInputs a row takes a block's k slots at once: they run together T + 1 times, in a forward of the
+rows that open a block, and the last slot then once more among all rows.
+
 A prompt is read once, however many answers it gets; an answer waits until a row ends that leaves it room. The host
 waits for the device once a token, for the tokens of all rows.
 """
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -28,7 +32,7 @@ from mirage_ds.model.attention import Ends, Packed
 from mirage_ds.model.choose import Chooser, NotFinite, Turn, finite, greedy, project
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.images import place_images
-from mirage_ds.model.kv_cache import BlockCache, on_device
+from mirage_ds.model.kv_cache import BlockCache, RunStep, on_device
 from mirage_ds.model.rows import Generated, Prompt, Row
 from mirage_ds.model.slots import Latents, LatentTokens, Limits, Slot
 
@@ -69,6 +73,11 @@ class Loop:
     ):
         self.model, self.limits, self.read, self.trace = model, limits, read, trace
         self.record, self.noise = record, noise
+        # Slots that a block takes at once.
+        self.together = 1
+        if model.latent_inputs is not None:
+            self.together = len(model.latent_inputs.weight)
+            self.limits = replace(limits, fixed_run=self.together)
         self.text: Any = model.language_model
         self.cache = BlockCache(model, limits.cache_gb)
         self.waiting: deque[Prompt] = deque()
@@ -193,7 +202,8 @@ class Loop:
         chosen = choose(logits, [Turn(row.number, len(row.made.ids)) for row in self.live])
         # Here the host waits.
         told = torch.stack([chosen, usable.to(chosen)]).tolist()
-        slots = [row.take(token, tokens, self.limits) for row, token in zip(self.live, told[0], strict=True)]
+        how = tokens, self.limits, self.together
+        slots = [row.take(token, *how) for row, token in zip(self.live, told[0], strict=True)]
         for row, fine in zip(self.live, told[1], strict=True):
             row.broken = not fine
         going = [at for at, row in enumerate(self.live) if not row.over(tokens)]
@@ -215,17 +225,63 @@ class Loop:
         if feeding:
             at, own = on_device([feeding, [going[one] for one in feeding]], device)
             states, there = self.hidden.index_select(0, own), [slot for place in going if (slot := slots[place])]
-            states = self.model.feed(states, None if self.noise is None else self.noise(there, states))
-            if latents is not None:
-                states = latents(there, states)
-            states = states.to(x.dtype)
-            x = x.index_copy(0, at, states)
-            if self.record:
-                for place, state in zip([going[one] for one in feeding], states.unbind(), strict=True):
-                    self.live[place].made.latents.append(state)
+            rows = [self.live[going[one]] for one in feeding]
+            if self.model.latent_inputs is not None:
+                fed = self._together(rows, there, states, own, latents)
+            else:
+                fed = self.model.feed(states, None if self.noise is None else self.noise(there, states))
+                fed = fed[:, None] if latents is None else latents(there, fed)[:, None]
+            fed = fed.to(x.dtype)
+            x = x.index_copy(0, at, fed[:, -1])
+            for row, state in zip(rows if self.record else (), fed, strict=False):
+                row.made.latents += state.unbind()
         for place in going:
-            self.live[place].made.fed += "H" if slots[place] else "E"
+            self.live[place].made.fed += "H" * self.together if slots[place] else "E"
         return x
+
+    def _together(
+        self, rows: list[Row], there: list[Slot], before: torch.Tensor, own: torch.Tensor, latents: Latents | None
+    ) -> torch.Tensor:
+        """Run the k slots of rows that open a block, T times to make their inputs and once to keep their keys.
+
+        Args:
+            there: the first slots; before: (m, H) states before them; own: (m,) places of the rows.
+
+        Returns:
+            (m, k, H) what the slots are fed at last. All but the last of them count as taken.
+        """
+        inputs, k = self.model.latent_inputs, self.together
+        assert inputs is not None
+        for row in rows:
+            row.table += self.cache.take(self.cache.blocks(row.length + k) - len(row.table))
+        given = [row.table for row in rows], [row.length for row in rows]
+        step = RunStep(self.cache, *given, k, self.model.how.attention)
+        positions = (self.positions[own][:, None] + torch.arange(k, device=own.device)).flatten()
+        x = inputs.weight.repeat(len(rows), 1)
+        for _ in range(min(inputs.passes, k)):
+            states = self._walk(x, positions, step).unflatten(0, (-1, k))
+            x = torch.cat([before[:, None], states[:, :-1]], dim=1).flatten(0, 1)
+        if latents is not None:
+            x = latents([one._replace(slot=slot) for one in there for slot in range(k)], x).to(before.dtype)
+        states, fed = (one.unflatten(0, (-1, k)) for one in (self._walk(x, positions, step), x))
+        self.positions = self.positions.index_add(0, own, torch.full_like(own, k - 1))
+        for place, row in enumerate(rows):
+            row.length += k - 1
+            if self.trace:
+                row.made.inputs += fed[place, :-1].clone().unbind()
+                row.made.hidden += states[place, :-1].clone().unbind()
+        return fed
+
+    def _walk(self, x: torch.Tensor, positions: torch.Tensor, step: Any) -> torch.Tensor:
+        """Run tokens x (n, H) at their positions (n,) through all layers → final-norm hidden states (n, H)."""
+        # The rows stand side by side where a sequence stands in training: each attends to its own keys alone.
+        x = x[None]
+        rotary = self.text.rotary_emb(x, positions.expand(3, 1, -1))
+        for number, layer in enumerate(self.text.layers):
+            step.layer = number
+            x = layer(x, position_embeddings=rotary, packed=step)
+        hidden: torch.Tensor = self.text.norm(x)[0]
+        return hidden
 
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
         """Run one token a row, x (n, H), through all layers → final-norm hidden states (n, H)."""
@@ -233,19 +289,12 @@ class Loop:
         for row, block in zip(full, self.cache.take(len(full)), strict=True):
             row.table.append(block)
         step = self.cache.step([row.table for row in self.live], [row.length for row in self.live])
-        inputs = x
-        # The rows stand side by side where a sequence stands in training: each attends to its own keys alone.
-        x = x[None]
-        rotary = self.text.rotary_emb(x, self.positions.expand(3, 1, -1))
-        for number, layer in enumerate(self.text.layers):
-            step.layer = number
-            x = layer(x, position_embeddings=rotary, packed=step)
-        hidden: torch.Tensor = self.text.norm(x)[0]
+        hidden = self._walk(x, self.positions, step)
         self.positions = self.positions + 1
         for place, row in enumerate(self.live):
             row.length += 1
             if self.trace:
-                row.made.inputs.append(inputs[place].clone())
+                row.made.inputs.append(x[place].clone())
                 row.made.hidden.append(hidden[place].clone())
         return hidden
 

@@ -1,4 +1,4 @@
-"""Keys and values of the rows that decode, in blocks that rows of one prompt share; attention of one token a row.
+"""Keys and values of the rows that decode, in blocks that rows of one prompt share; attention of one token a row, or k.
 
 n rows, P blocks of the cache, B tokens a block, b blocks that a product reads, m rows of each at most, w blocks
 of the longest row, L layers, Hq query heads, Hkv key heads, g = Hq / Hkv, D head width.
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mirage_ds.model.attention import KERNELS, Ends, head_width_of, kernel_fault
+from mirage_ds.model.attention import KERNELS, Ends, head_width_of, kernel_fault, varlen_attention
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.latents import KeysValues
 
@@ -140,6 +140,33 @@ class BlockCache:
             tables: of each row, with the block that the new token goes into; lengths: tokens before it.
         """
         return (_KernelStep if self.kernel else _BlockStep)(self, tables, lengths)
+
+
+class RunStep:
+    """Several new tokens a row, which are kept anew each time: a Context of attention, of the layer that `layer` says.
+
+    Args:
+        tables: of each row, with the blocks that its new tokens go into; lengths: tokens before them; count: of them.
+        backend: a key of attention.BACKENDS.
+    """
+
+    layer = 0
+
+    def __init__(
+        self, cache: BlockCache, tables: Sequence[Sequence[int]], lengths: Sequence[int], count: int, backend: str
+    ):
+        self.cache, self.backend, whole = cache, backend, [length + count for length in lengths]
+        self.seen, device = cache.places(tables, whole), cache.keys[0].device
+        new = np.cumsum(whole)[:, None] + np.arange(-count, 0)
+        self.at = self.seen[:, on_device(new.flatten(), device)]
+        ends = [np.cumsum([0, *each]) for each in ([count] * len(whole), whole)]
+        self.ends = Ends(*(on_device(one, device).int() for one in ends), count, max(whole))
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        """Keep k and v (n · count, Hkv, D), and attend with q (n · count, Hq, D) → the same shape."""
+        block, inside = self.seen
+        k, v = (one[block, :, inside] for one in self.cache.write(self.layer, k, v, self.at))
+        return varlen_attention(q, k, v, self.ends, self.backend, scale)
 
 
 def _padded(lists: Sequence[Sequence[int] | np.ndarray], fill: int) -> np.ndarray:

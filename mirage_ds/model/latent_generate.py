@@ -93,6 +93,8 @@ def generate(*arguments: Any, model: Any, logits_processor: Any = None, **given:
     """
     trained = getattr(model.config, "mirage", None) or {}
     slots = "none" if "latent_tokens" not in trained else trained.get("slots") or "latents"
+    if "latent_passes" in trained:
+        slots = "latents made together"
     if slots != "latents":
         raise ValueError(
             f"{model.name_or_path} was trained with slots {slots!r}, which are not known here; `mirage-ds generate` "

@@ -1,23 +1,72 @@
-"""The latents: stage 1's targets, and the passes that feed hidden states back in stage 2.
+"""The latents: stage 1's targets, what slots hold at first, and the passes that feed hidden states back in stage 2.
 
 T tokens of the packed batch, Tq tokens of one pass, N samples, k latents a block, F helper features, H hidden, L
 layers, D head width.
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
+from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from mirage_ds.config.run import LatentLoss
 from mirage_ds.data.batch import Batch, Pass
+from mirage_ds.errors import UserError
+from mirage_ds.files import HEADS
 from mirage_ds.model.attention import Ends, Packed, Slopes
+from mirage_ds.model.folder import header_of
+from mirage_ds.model.gathered import gathered
 from mirage_ds.model.images import Deep, embedded
 from mirage_ds.model.layers import Body, Cut, DecoderLayers, after
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
+# Name of LatentInputs' weight in a MirageModel, and in the file beside the heads.
+INPUTS = "latent_inputs.weight"
+
+
+class LatentInputs(nn.Module):
+    """What the slots of a block are fed before any state is, where its latents are made together (--latent_passes).
+
+    Args:
+        weight: (k, H), trained.
+        passes: T, in which states then take their place (arXiv 2506.18582); with 0 they stay.
+    """
+
+    def __init__(self, weight: torch.Tensor, passes: int):
+        super().__init__()
+        self.weight, self.passes = nn.Parameter(weight), passes
+
+    def forward(self, embeddings: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """Return embeddings (T, H) with them at the places of all latents, (N_blocks · k,)."""
+        own = self.weight.repeat(len(latents) // len(self.weight), 1)
+        return embeddings.index_copy(0, latents, own.to(embeddings.dtype))
+
+
+def load_inputs(
+    folder: Path, said: bool, passes: int, k: int, embedding: nn.Parameter, pad: int, device: torch.device
+) -> LatentInputs:
+    """Load a model folder's inputs of k slots; new ones, each the embedding of `<|latent_pad|>`, where it has none.
+
+    Args:
+        said: whether its config.json says that it has some (`mirage.latent_passes`).
+        embedding: (V, H), perhaps sharded; pad: the token's row.
+
+    Raises:
+        UserError: they are not there, or are not those of this model.
+    """
+    if not said:
+        with gathered([embedding]):
+            return LatentInputs(embedding[pad].detach().to(device).repeat(k, 1), passes)
+    file, shape = folder / HEADS, (k, getattr(embedding, "ds_shape", embedding.shape)[1])
+    found = header_of(file).get(INPUTS) if file.is_file() else None
+    if found is None or found.shape != shape:
+        raise UserError(f"{file}: holds no inputs of {k} latents of width {shape[1]}; copy the model's own")
+    return LatentInputs(load_file(file)[INPUTS].to(device, embedding.dtype), passes)
 
 
 def compress(features: torch.Tensor, batch: Batch, width: int) -> torch.Tensor:
@@ -91,8 +140,9 @@ def run_passes(
     """Walk the decoder layers once a pass, each pass seeing the keys and values of all before it.
 
     The first token of a sample in pass j ≥ 1 is a latent: its input embedding is the final-norm hidden state of the
-    position before it, from pass j − 1 (arXiv 2506.17218, equation 4). Nothing is detached: gradients run through the
-    fed-back states and through the keys and values. (In stage 1's auxiliary schedule no pass feeds anything back.)
+    position before it, from pass j − 1 (arXiv 2506.17218, equation 4). Where latents are made together, so is each of
+    the first ones. Nothing is detached: gradients run through the fed-back states and through the keys and values. (In
+    stage 1's auxiliary schedule no pass feeds anything back.)
 
     Args:
         language_model: transformers' text model (norm, rotary_emb).
@@ -126,7 +176,7 @@ def run_passes(
         x = embeddings.index_select(0, one.tokens)
         if len(one.sources):
             fed = feed(hidden[-1].index_select(0, one.sources))
-            x = x.index_copy(0, one.first, fed.detach() if detach else fed)
+            x = x.index_copy(0, one.fed, fed.detach() if detach else fed)
         if number and recorded:
             x = after(x, hidden[-1])
         if cut is not None and number == end:
@@ -159,17 +209,29 @@ def before_latents(hidden: Sequence[torch.Tensor], batch: Batch, cut: Cut | None
 
     Args:
         hidden: of each pass, (Tq, H).
-        cut: where the last pass has a backward of its own: no latent is made from a state of that pass.
+        cut: where the last pass has a backward of its own.
     """
     if len(hidden) == 1:
         return hidden[0].index_select(0, batch.latents - 1)
-    place = torch.argsort(torch.cat([one.tokens for one in batch.passes])).index_select(0, batch.latents - 1)
+    place, last = _last_runs(batch.passes, batch.latents - 1), batch.passes[-1]
     if cut is None:
         return torch.cat(list(hidden)).index_select(0, place)
-    return cut(torch.cat(list(hidden[:-1])).index_select(0, place))
+    earlier = torch.cat(list(hidden[:-1]))
+    if len(last.fed) < len(last.cu_q):
+        # One a sample: no latent is made from a state of that pass.
+        return cut(earlier.index_select(0, place))
+    own = place - len(earlier)
+    before = cut(earlier.index_select(0, place.clamp(max=len(earlier) - 1)))
+    return before.where(own[:, None] < 0, hidden[-1].index_select(0, own.clamp(min=0)))
+
+
+def _last_runs(passes: Sequence[Pass], wanted: torch.Tensor) -> torch.Tensor:
+    """Return where packed positions have run for the last time, among the states of all passes."""
+    tokens, places = torch.cat([one.tokens for one in passes]).sort(stable=True)
+    return places[torch.searchsorted(tokens, wanted, right=True) - 1]
 
 
 def in_order(hidden: Sequence[torch.Tensor], passes: Sequence[Pass]) -> torch.Tensor:
-    """Put the passes' hidden states back into the order of the packed batch: (T, H)."""
-    order = torch.cat([one.tokens for one in passes])
-    return torch.cat(list(hidden)).index_select(0, torch.argsort(order))
+    """Put the hidden states of last runs back into the order of the packed batch: (T, H)."""
+    every = torch.cat([one.tokens for one in passes]).unique()
+    return torch.cat(list(hidden)).index_select(0, _last_runs(passes, every))

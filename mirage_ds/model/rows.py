@@ -26,7 +26,8 @@ class Generated:
         inputs, hidden: (H,) input embedding and final-norm hidden state of each forward, the prompt's last position
             first; kept only with `trace`.
         latents: (H,) what was fed at each slot, in the dtype of the weights; kept only with `record`. One for each "H"
-            of `fed`: where new_tokens ends an answer at a pad, that pad was not fed.
+            of `fed`: where new_tokens ends an answer at a pad, that pad was not fed, nor the others of a block whose
+            slots are taken at once.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -93,16 +94,21 @@ class Row:
     block: int = 0
     broken: bool = False
 
-    def take(self, token: int, tokens: LatentTokens, limits: Limits) -> Slot | None:
-        """Go on with the token that was chosen; return the slot where the hidden state is fed, if there is one."""
-        fed = None
+    def take(self, token: int, tokens: LatentTokens, limits: Limits, together: int = 1) -> Slot | None:
+        """Go on with the token that was chosen; return the slot where the hidden state is fed, if there is one.
+
+        Args:
+            together: slots that a block takes at once, as far as the answer may be so long.
+        """
+        fed, taken = None, 1
         if self.slot < 0:
             self.slot = 0 if token == tokens.start else -1
         elif limits.closes(self.slot, token == tokens.end):
             token, self.block, self.slot = tokens.end, self.block + (self.slot > 0), -1
         else:
-            token, fed, self.slot = tokens.pad, Slot(self.number, self.block, self.slot), self.slot + 1
-        self.made.ids.append(token)
+            token, fed, self.slot = tokens.pad, Slot(self.number, self.block, self.slot), self.slot + together
+            taken = min(together, self.prompt.new_tokens - len(self.made.ids))
+        self.made.ids += [token] * taken
         return fed
 
     def over(self, tokens: LatentTokens) -> bool:

@@ -74,9 +74,8 @@ def _micro(spec: PlanSpec, model: Sizes, machine: Machine) -> Micro:
     rows, first = spec.micro_batch_tokens // spec.row_tokens, int(spec.row_tokens * (1 - spec.labelled))
     apart = (spec.row_tokens - first) // blocks
     runs = [(first + number * apart, k) for number in range(blocks)] if spec.recurrent else []
-    plans = schedule(
-        [spec.row_tokens] * rows, [runs] * rows, walk("stage2" if spec.recurrent else "sft", k, blocks).passes
-    )
+    walked = walk("stage2" if spec.recurrent else "sft", k, blocks, spec.latent_passes)
+    plans = schedule([spec.row_tokens] * rows, [runs] * rows, walked.passes, spec.latent_passes)
     # A latent's own place carries no label.
     alone = spec.stage == "sft" or (spec.stage == "rl" and spec.latent_policy == "text")
     labelled = spec.row_tokens - first - (0 if alone else k * blocks)
@@ -92,8 +91,8 @@ def _micro(spec: PlanSpec, model: Sizes, machine: Machine) -> Micro:
         features=rows * spec.images * spec.image_tokens,
         split=spec.recurrent and splits(model, spec.micro_batch_tokens),
         encoder=sum(map(sum, encoder_parameters(model, k))) if spec.stage == "scaffold" else 0,
-        # Of a row's last pass all tokens but the latent that it begins with.
-        handed_on=rows * (labelled + 1) - plans[-1].tokens.size if spec.recurrent else 0,
+        # Of a row's last pass: of the fed latents the last one predicts a label, of those behind it all but the last.
+        handed_on=rows * labelled + plans[-1].fed.size - plans[-1].tokens.size if spec.recurrent else 0,
     )
 
 

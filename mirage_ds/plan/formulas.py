@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from mirage_ds.config.run import passes_of_block
 from mirage_ds.plan.activations import Micro
 from mirage_ds.plan.host import operators
 from mirage_ds.plan.settings import Settings, Zero3
@@ -40,9 +41,14 @@ class Walk(NamedTuple):
     split: bool = False
 
 
-def walk(stage: str, k: int, runs: int = 1) -> Walk:
-    """Walks of a stage with `runs` latent blocks of k latents in a row: stage2 and rl runs · k + 1, the others one."""
-    return Walk(runs * k + 1, runs * (k - 1)) if stage in ("stage2", "rl") else Walk(1, 0)
+def walk(stage: str, k: int, runs: int = 1, latent_passes: int | None = None) -> Walk:
+    """Walks of a stage with `runs` latent blocks of k latents in a row: stage2 and rl runs · k + 1, the others one.
+
+    Args:
+        latent_passes: T of latents that are made together, runs · min(T, k) + 1, each of several tokens.
+    """
+    added = runs * passes_of_block(k, latent_passes) if stage in ("stage2", "rl") else 0
+    return Walk(added + 1, max(0, added - runs) if latent_passes is None else 0)
 
 
 class Volume(NamedTuple):

@@ -42,6 +42,7 @@ def headline(asked: Question) -> str:
     trained = micro.encoder or model.text
     frozen = model.text + model.vision - (0 if micro.encoder else trained)
     own = " --feed own" if spec.feed == "own" else ""
+    k += "" if spec.latent_passes is None else f" in {spec.latent_passes} passes together"
     return (
         f"{spec.model}: {trained / 1e9:.2f} B trained, {frozen / 1e9:.2f} B frozen; {spec.stage}{own}{k}{runs}; "
         f"{spec.nodes} x {spec.gpus_per_node} {spec.gpu} of {asked.machine.memory / GB:.0f} GB; "

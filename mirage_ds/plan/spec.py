@@ -17,6 +17,7 @@ class PlanSpec(BaseModel, extra="forbid", frozen=True, protected_namespaces=(), 
     stage: Stage = Field(description="As for a run.")
     feed: Feed = Field("targets", description="stage1: own makes latents in passes, as stage2.")
     latent_size: PositiveInt = Field(4, description="k, latents a block.")
+    latent_passes: NonNegativeInt | None = Field(None, description="As for a run: own latents made together.")
     latent_runs: PositiveInt = Field(1, description="Latent blocks of a row, at most.")
     deepspeed: Path | None = Field(None, description="Plan this JSON alone. [default: all that ship]")
     micro_batch_tokens: PositiveInt = Field(8192, description="Tokens packed into one micro-batch of one rank.")
@@ -67,12 +68,15 @@ class PlanSpec(BaseModel, extra="forbid", frozen=True, protected_namespaces=(), 
     def recurrent(self) -> bool:
         """Whether latents are made in passes."""
         through = self.stage == "rl" and self.latent_policy == "through"
-        return self.stage == "stage2" or self.feed == "own" or through
+        return (self.stage == "stage2" or self.feed == "own" or through) and self.latent_passes != 0
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
         if self.feed == "own" and self.stage != "stage1":
             raise ValueError(f"--feed own is for --stage stage1, this plan is of {self.stage}: leave it out")
+        if self.latent_passes is not None and self.stage != "stage2" and self.feed != "own":
+            given = f"--latent_passes {self.latent_passes} is for stage2 and --feed own"
+            raise ValueError(f"{given}, this plan is of {self.stage}: leave it out")
         if self.row_tokens > self.micro_batch_tokens:
             raise ValueError(
                 f"--row_tokens {self.row_tokens} is above --micro_batch_tokens {self.micro_batch_tokens}: a row must "

@@ -111,6 +111,8 @@ def check_settings(run: Run) -> Checked:
             check_targets(config.latent_targets, model_config, config.latent_size)
     encoder = make_encoder(config, folders)
     policy = find_policy(config, read_trained(model_config), folders[0]) if config.stage == "rl" else None
+    if config.latent_passes is not None:
+        check_together(config, read_trained(model_config), folders[0])
     lora = from_rank_zero(lambda: make_lora(config, shape, encoder), world)
     checked = Checked(ds_values, folders, encoder, shape, lora, policy)
     head_width = head_width_of(model_config.get_text_config())
@@ -141,6 +143,10 @@ def find_policy(config: RunConfig, trained: Mapping[str, Any], folder: Path) -> 
             f"{folder} was trained with --slots {slots}: --stage rl takes a model whose answers see latents, or one "
             "that was trained without any"
         )
+    if "latent_passes" in trained:
+        raise UserError(
+            f"{folder} was trained with --latent_passes: --stage rl makes latents in turn; train stage2 without it"
+        )
     knows = stage not in (None, "sft")
     # A model whose answers were last trained as text may still have heads.
     usual: LatentPolicy = "text" if not knows else "gaussian" if "latent_heads" in trained else "through"
@@ -153,6 +159,19 @@ def find_policy(config: RunConfig, trained: Mapping[str, Any], folder: Path) -> 
     if policy != "text" and k != config.latent_size:
         raise UserError(f"--latent_size {config.latent_size}: {folder} was trained with {k} latents a block; give {k}")
     return policy
+
+
+def check_together(config: RunConfig, trained: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a start whose latents cannot be made together; `trained` as in find_policy.
+
+    Raises:
+        UserError: latents are drawn, or its slots are more or fewer.
+    """
+    given, k = f"--latent_passes {config.latent_passes}: {folder}", trained.get("latent_size")
+    if "latent_heads" in trained:
+        raise UserError(f"{given} has heads that draw latents in turn; start from what rl began with")
+    if "latent_passes" in trained and k != config.latent_size:
+        raise UserError(f"{given} has learned inputs of {k} slots; give --latent_size {k}")
 
 
 def read_ds_values(config: RunConfig, json_path: Path, world: World) -> dict[str, Any]:

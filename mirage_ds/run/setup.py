@@ -17,6 +17,7 @@ from mirage_ds.config.columns import parse_columns
 from mirage_ds.config.mixture import Mixture, Records
 from mirage_ds.config.run import RunConfig
 from mirage_ds.data.batch import Batch
+from mirage_ds.data.encode import LATENT_PAD
 from mirage_ds.data.folders import unread_lines
 from mirage_ds.data.loader import Loader
 from mirage_ds.data.record import Fault
@@ -29,10 +30,10 @@ from mirage_ds.engine.frozen import check_same, notes_of_engine
 from mirage_ds.engine.private import set_collective_timeout
 from mirage_ds.engine.save import Parts, save_model, trained_of
 from mirage_ds.engine.setup import World, from_rank_zero, make_engine, make_reference, shared_fate
-from mirage_ds.engine.spelling import Base, read_base
+from mirage_ds.engine.spelling import Base, read_base, read_trained
 from mirage_ds.engine.universal import use_universal
 from mirage_ds.files import TRAINED_KEY, write_atomically
-from mirage_ds.model.layers import DecoderLayers
+from mirage_ds.model.latents import load_inputs
 from mirage_ds.model.load import Loaded, Scaffold, load_model, load_tower, read_config
 from mirage_ds.model.targets import Targets, load_targets, whole_tensors, write_encoder
 from mirage_ds.model.vision import FrozenTower
@@ -232,9 +233,15 @@ def open_model(run: Run, checked: Checked, data: Data) -> Loaded:
         scaffold=Scaffold(config.latent_size, config.seed) if config.stage == "scaffold" else None,
         **config.model_dump(include=FORWARD),
     )
-    layers: DecoderLayers = loaded.model.layers
+    layers, embedding = loaded.model.layers, loaded.model.language_model.embed_tokens.weight
+    if config.latent_passes is not None:
+        said = "latent_passes" in read_trained(loaded.config)
+        folder, pad, device = checked.folders[0], checked.encoder.id_of(LATENT_PAD), run.world.device
+        loaded.model.latent_inputs = load_inputs(
+            folder, said, config.latent_passes, config.latent_size, embedding, pad, device
+        )
     if ds.zero_stage(checked.ds_values) == 2 and ds.offload_device(checked.ds_values, "optimizer") != "none":
-        own, embedding = loaded.model.head.parameters(), loaded.model.language_model.embed_tokens.weight
+        own = loaded.model.head.parameters()
         loaded.model.how.others = [p for p in own if p.requires_grad and p is not embedding]
     loaded.model.how.split = config.recurrent and layers.defers_more_than_gradients(config.micro_batch_tokens)
     return loaded

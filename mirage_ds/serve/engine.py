@@ -219,17 +219,21 @@ class Engine:
         self._loop.enter(self.limits.prefill_tokens)
         if not (rows := list(self._loop.live)):
             return
+        had = [len(row.made.ids) for row in rows]
         ended = {row.number for row in self._loop.step(self.tokens, self._choose, self._other)}
-        self._decoded.inc(len(rows))
-        for row in rows:
+        for row, before in zip(rows, had, strict=True):
             made = row.made
+            self._decoded.inc(len(made.ids) - before)
             # Another answer of its request may have been broken.
             if (job := self._rows.get(row.number)) and row.broken:
                 self._say(job, Refused(500, "the logits are not finite: a weight is NaN"))
                 self._drop(job.numbers)
             elif job:
-                state = made.latents[-1] if made.fed[len(made.ids) - 1 :] == "H" else None
-                self._say(job, Token(row.number - job.first, made.ids[-1], row.number in ended, state))
+                # A block's latents may come together.
+                for at in range(before, len(made.ids)):
+                    state = made.latents[made.fed[:at].count("H")] if made.fed[at : at + 1] == "H" else None
+                    over = row.number in ended and at + 1 == len(made.ids)
+                    self._say(job, Token(row.number - job.first, made.ids[at], over, state))
         self._drop([*ended])
 
     def _read(self, numbers: Sequence[int]) -> Batch:

@@ -219,7 +219,10 @@ def make_config(settings: Settings, where: str, here: Path) -> RunConfig:
         values["model"] = str(here / str(values["model"]))
     stage, slots = str(values.get("stage")), values.get("slots")
     idle = _TABLE["idle"].get(stage, "").split() + (list(RL_ONLY) if stage != "rl" else [])
-    idle += ["feed"] if stage != "stage1" else [] if values.get("feed") == "own" else ["detach_latents"]
+    own = stage == "stage1" and values.get("feed") == "own"
+    idle += ["feed"] if stage != "stage1" else [] if own else ["detach_latents"]
+    idle += [] if own or stage in ("stage2", "rl") else ["latent_passes"]
+    idle += ["detach_latents"] if values.get("latent_passes") == 0 else []
     if stage == "sft" and slots != "pause":
         idle.append("latent_size")
     if slots == "latents":
@@ -242,10 +245,10 @@ def _train_node(
         "settings": {
             key: value
             for key, value in sorted(whole.items())
-            # Adapters, columns, rl and feed came later: where there are none, a run is the one it was.
+            # Adapters, columns, rl, feed and latent_passes came later: where there are none, a run is the one it was.
             if key not in MACHINE and (value or not key.startswith(("lora_", "columns")))
             if config.stage == "rl" or key not in RL_ONLY
-            if (key, value) != ("feed", "targets")
+            if (key, value) not in (("feed", "targets"), ("latent_passes", None))
         },
         "rows_per_step": config.rows_per_step,
         "data": records_hash(config.records),

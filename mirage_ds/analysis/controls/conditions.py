@@ -5,6 +5,9 @@ N rows of a batch, R latent blocks of a row, k latents a block, H hidden.
 `own`, `first` and `off` follow from the model as it runs; the others feed vectors that are known beforehand, made here
 from the own latents of all records. Those are the states that the model feeds back when it is given the record's text
 up to each block (teach.own), so every record has them, whatever it answers.
+
+Where a block's latents are made together (--latent_passes), what is replaced is the slots' inputs in the last pass.
+With 0 passes these are learned, and the same for all records: swap changes nothing.
 """
 
 import random as stdlib_random

@@ -63,7 +63,7 @@ def run_conditions(
         spec: its seed, batch_size and latent_bank; a record's draws do not depend on the records beside it.
 
     Returns:
-        Name → an Outcome a record, in the order given; and each record's own latents (R, k, H).
+        Name → an Outcome a record, in the order given; and each record's own latents (R, k, H), as teach.own's states.
 
     Raises:
         UserError: a record that cannot be used, or a condition that cannot be made of these records.
@@ -74,13 +74,13 @@ def run_conditions(
         return [Outcome(*one) for one in zip(answers, log_likelihoods, strict=True)]
 
     def own(rows: Sequence[Row]) -> Iterator[Any]:
-        fed, log_likelihoods = teach.own(bench, rows)
+        fed, states, log_likelihoods = teach.own(bench, rows)
         answers = outcomes(decode(bench, rows, [None])[0], log_likelihoods)
-        return zip(fed, [row.targets for row in rows], answers, strict=True)
+        return zip(fed, states, [row.targets for row in rows], answers, strict=True)
 
     # All conditions but `own`, which comes first, are answered at once.
     order = check(records, bench, max(1, len(set(names) - {"own"})))
-    latents, targets, found = zip(*in_batches(bench, records, order, spec.batch_size, track, own), strict=True)
+    latents, states, targets, found = zip(*in_batches(bench, records, order, spec.batch_size, track, own), strict=True)
     if spec.latent_bank:
         for place, (record, fed) in enumerate(zip(records, latents, strict=True)):
             bank.write(spec.latent_bank, prompt_hash(record, bench.encoder.finder), fed, place + 1, level_of(record))
@@ -101,7 +101,7 @@ def run_conditions(
         return zip(*(outcomes(*both) for both in zip(answers, found, strict=True)), strict=True)
 
     rest = in_batches(bench, records, order, spec.batch_size, track, others) if vectors else []
-    return {"own": list(found), **{name: [one[at] for one in rest] for at, name in enumerate(vectors)}}, list(latents)
+    return {"own": list(found), **{name: [one[at] for one in rest] for at, name in enumerate(vectors)}}, list(states)
 
 
 def looked_at(records: Sequence[Record], own: Sequence[torch.Tensor]) -> dict[str, Any]:

@@ -179,11 +179,19 @@ def _log_likelihoods(bench: Bench, rows: Sequence[Row], batch: Batch, hidden: to
 
 
 @torch.no_grad()
-def own(bench: Bench, rows: Sequence[Row]) -> tuple[list[torch.Tensor], list[float]]:
-    """Feed the model's own states; return each row's latents (R, k, H) and its log-likelihood."""
-    batch, _, hidden = bench.fed_back([row.sample for row in rows])
-    fed = bench.model.feed(hidden[batch.latents - 1]).cpu().unflatten(0, (-1, bench.encoder.latent_size))
-    return list(fed.split([len(row.sample.runs) for row in rows])), _log_likelihoods(bench, rows, batch, hidden)
+def own(bench: Bench, rows: Sequence[Row]) -> tuple[list[torch.Tensor], list[torch.Tensor], list[float]]:
+    """Feed the model's own states.
+
+    Returns:
+        Of each row what was fed at its slots (R, k, H), the states before these, fed or made anew by the last of
+        --latent_passes, and its log-likelihood.
+    """
+    batch, inputs, hidden = bench.fed_back([row.sample for row in rows])
+    fed, states = (
+        one.cpu().unflatten(0, (-1, bench.encoder.latent_size)).split([len(row.sample.runs) for row in rows])
+        for one in (inputs[batch.latents], bench.model.feed(hidden[batch.latents - 1]))
+    )
+    return list(fed), list(states), _log_likelihoods(bench, rows, batch, hidden)
 
 
 @torch.no_grad()
@@ -209,7 +217,9 @@ def first(bench: Bench, rows: Sequence[Row]) -> list[float]:
     # A block's state depends on the blocks before it: all rows' first blocks, then their second …
     for block in range(int(number.max()) + 1):
         now = slots[number == block]
-        states = bench.hidden(batch, inputs, deep)[now[:, 0] - 1]
+        # Without a pass that feeds back, a first slot is fed what it has learned.
+        parallel = bench.encoder.latent_passes == 0
+        states = inputs[now[:, 0]] if parallel else bench.hidden(batch, inputs, deep)[now[:, 0] - 1]
         inputs = inputs.index_copy(0, now.flatten(), states.repeat_interleave(now.shape[1], dim=0))
     return _log_likelihoods(bench, rows, batch, bench.hidden(batch, inputs, deep))
 

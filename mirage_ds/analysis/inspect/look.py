@@ -4,7 +4,8 @@ T tokens of a row, n latents of a row, k latents a block, Q queries or tokens of
 features of an image (rows × columns of them), m words, H hidden, L layers, V vocabulary, D head width, Hq query heads,
 Hkv key heads.
 
-A latent is what is fed back at its place: the final-norm hidden state of the position before it.
+A latent is what is fed back at its place: the final-norm hidden state of the position before it. Where a block's are
+made together (--latent_passes), that state in the last pass.
 """
 
 from __future__ import annotations
@@ -124,18 +125,19 @@ def taught(bench: Bench, samples: Sequence[Sample]) -> list[Thought]:
     Raises:
         NotFinite: a row's logits are not.
     """
-    batch, embeddings, states = bench.fed_back(samples)
+    batch, inputs, states = bench.fed_back(samples)
     assert batch.image_features is not None
     # What is not finite reaches a row's last token: it attends to all others.
     last = states[batch.cu_seqlens[1:].long() - 1]
     check_finite(functional.linear(last, bench.model.head.weight), batch.rows)
     latents = bench.model.feed(states.index_select(0, batch.latents - 1))
-    inputs = embeddings.index_copy(0, batch.latents, latents).split([len(sample.input_ids) for sample in samples])
     images = batch.image_features.split([len(sample.image_positions) for sample in samples])
     each = iter(latents.split([k for sample in samples for _, k in sample.runs]))
     return [
         Thought(sample, fed, tuple(islice(each, len(sample.runs))), seen)
-        for sample, fed, seen in zip(samples, inputs, images, strict=True)
+        for sample, fed, seen in zip(
+            samples, inputs.split([len(one.input_ids) for one in samples]), images, strict=True
+        )
     ]
 
 

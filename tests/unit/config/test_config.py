@@ -337,6 +337,15 @@ def test_features_of_a_trained_tower_are_not_kept(sentence: Callable[..., str]) 
         ("--feed own --slots auxiliary", "--feed own: answers of --slots auxiliary see no latents"),
         ("--feed own --train_vision --train_targets", "--train_targets trains the tower by the latents' inputs"),
         ("--detach_latents", "--detach_latents is for --stage stage2"),
+        ("--latent_passes 2", "--latent_passes 2 is for stage2 and --feed own, this run is stage1: leave it out"),
+        ("--stage sft --latent_passes 0", "--latent_passes 0 is for stage2 and --feed own, this run is sft"),
+        ("--stage scaffold --latent_passes 1", "--latent_passes 1 is for stage2 and --feed own, this run is scaffold"),
+        ("--stage rl --latent_passes 1", "--latent_passes 1 is for stage2 and --feed own, this run is rl"),
+        ("--feed own --latent_passes -1", "--latent_passes"),
+        (
+            "--stage stage2 --latent_passes 0 --detach_latents",
+            "--detach_latents is for --stage stage2: no state is fed back in --latent_passes 0",
+        ),
     ],
 )
 def test_learned_targets_and_own_states_are_refused_where_they_mean_nothing(
@@ -351,3 +360,14 @@ def test_passes_and_recipe_of_own_states_are_those_of_stage2(parse: Parse) -> No
     assert (own.recurrent, usual.recurrent, usual.passes(2)) == (True, False, 1)
     assert parse("--feed", "own", "--detach_latents").detach_latents
     assert parse("--stage", "scaffold", "--train_vision", "--feature_cache", "all").gamma == 1.0
+
+
+def test_passes_of_latents_made_together_are_never_more_than_those_in_turn(parse: Parse) -> None:
+    wanted = {0: [1, 1, 1], 1: [1, 2, 3], 3: [1, 4, 7], 4: [1, 5, 9], 9: [1, 5, 9]}
+    for flags in (("--feed", "own"), ("--stage", "stage2")):
+        for passes, counts in wanted.items():
+            config = parse(*flags, "--latent_passes", str(passes))
+            assert [config.passes(runs) for runs in (0, 1, 2)] == counts
+            # Without a pass that feeds back, the recipe is that of one pass.
+            assert config.recurrent == (passes > 0)
+    assert parse("--stage", "stage2", "--latent_passes", "1", "--detach_latents").detach_latents

@@ -103,7 +103,7 @@ def check_against_slow(batch: Batch, packed: list[Sample], passes: int) -> None:
         assert one.cu_q.tolist() == [0, *np.cumsum(sizes)]
         assert one.cu_k.tolist() == [0, *np.cumsum(visible)]
         assert (one.max_q, one.max_k) == (max(sizes), max(visible))
-        assert one.first.tolist() == [0, *np.cumsum(sizes)[:-1]]
+        assert one.fed.tolist() == ([0, *np.cumsum(sizes)[:-1]] if number else [])
         assert one.cu_q.dtype == one.cu_k.dtype == torch.int32
     assert len(batch.passes) == passes
     assert batch.targets.tolist() == targets
@@ -135,6 +135,26 @@ def test_one_pass_holds_all_tokens_and_needs_no_dummy() -> None:
 
 def test_the_recurrent_passes_of_rows_with_one_two_and_no_runs() -> None:
     check_against_slow(collate(THREE, 7, dummy(2, 3)), THREE, 7)
+
+
+@pytest.mark.parametrize("together", [0, 1, 2, 3, 5])
+def test_tokens_that_run_several_times_are_scored_in_their_last_pass(together: int) -> None:
+    for rows in (THREE, THREE[:2], []):
+        passes = 2 * min(together, 3) + 1
+        batch = collate(rows, passes, dummy(2, 3), latent_passes=together)
+        packed = rows if rows == THREE or (rows and not together) else [*rows, dummy(2, 3)]
+        assert batch.rows.tolist() == [sample.row for sample in packed]
+        assert min(len(one.tokens) for one in batch.passes) >= 1
+        last = {int(token): number for number, one in enumerate(batch.passes) for token in one.tokens}
+        assert sorted(last) == list(range(len(batch.input_ids)))
+        scored = [(number, int(one.tokens[at])) for number, one in enumerate(batch.passes) for at in one.labelled]
+        assert all(last[token] == number for number, token in scored)
+        labels = torch.cat([sample.labels for sample in packed])
+        begins = np.cumsum([0, *(len(sample.input_ids) for sample in packed)])
+        wanted = [i - 1 for i in range(len(labels)) if labels[i] != IGNORE and i not in begins]
+        assert sorted(token for _, token in scored) == wanted
+        assert batch.targets.tolist() == [int(labels[token + 1]) for _, token in scored]
+        assert batch.label_count.tolist() == [int((sample.labels != IGNORE).sum()) for sample in packed]
 
 
 def test_a_batch_of_one() -> None:

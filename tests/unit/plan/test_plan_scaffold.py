@@ -74,3 +74,28 @@ def test_own_states_cost_the_passes_of_stage2() -> None:
         assert 0 <= more < 64 << 20
     with pytest.raises(ValidationError, match="--feed own is for --stage stage1, this plan is of sft"):
         PlanSpec(model="nano", stage="sft", feed="own")
+
+
+def test_latents_made_together_cost_their_own_passes() -> None:
+    for runs in (1, 2):
+        rows = 8192 // 500
+        given: dict[str, Any] = dict(latent_runs=runs)
+        in_turn, usual = plan("stage2", **given)
+        for together in (0, 1, 2, K, K + 5):
+            asked, found = plan("stage2", latent_passes=together, **given)
+            passes = asked.micro.passes
+            assert len(passes) == runs * min(together, K) + 1
+            # A slot runs once, and once more in each pass until its input is there for good.
+            again = sum(min(together, slot + 1) for slot in range(K))
+            assert asked.micro.tokens == rows * (500 + runs * again)
+            assert max(max(one.keys) for one in passes) == 500
+            assert asked.micro.labelled == in_turn.micro.labelled
+            assert f"k = 4 in {together} passes together" in headline(asked)
+            # Fewer walks over all weights are gathered.
+            assert found.step.nvlink_bytes < usual.step.nvlink_bytes or together >= K
+            # By hand: the last pass has a row's last slots, then its text, of which all but the last predict a label.
+            behind = 500 - 400 - (K + 50 * (runs - 1))
+            wanted = rows * ((100 - K * runs) - behind) if together else 0
+            assert asked.micro.handed_on == wanted
+    with pytest.raises(ValidationError, match="--latent_passes 2 is for stage2 and --feed own, this plan is of stage1"):
+        PlanSpec(model="nano", stage="stage1", latent_passes=2)

@@ -104,6 +104,7 @@ def test_walks_of_each_stage() -> None:
     assert walk("stage2", 4) == Walk(5, 3)
     assert walk("stage2", 4, runs=2) == Walk(9, 6)
     assert walk("stage2", 1) == Walk(2, 0)
+    assert [walk("stage2", 4, 2, together) for together in (0, 1, 9)] == [Walk(1, 0), Walk(3, 0), Walk(9, 0)]
 
 
 # Gathered over Ψ in one micro-step, counted by `python -m benchmarks.volumes` (DeepSpeed 0.19.8, two gloo ranks).

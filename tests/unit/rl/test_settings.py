@@ -79,6 +79,11 @@ def test_settings_that_make_no_run(given: dict[str, Any], sentence: str, tmp_pat
         ({"stage": "sft", "latent_heads": "gaussian"}, "gaussian", "--latent_policy gaussian: m was trained without"),
         ({}, "through", "--latent_policy through: m was trained without latents; train it in stage1 and stage2"),
         ({"stage": "sft", "slots": "pause"}, None, "m was trained with --slots pause: --stage rl takes a model"),
+        (
+            {"stage": "stage2", "latent_size": 4, "latent_passes": 0},
+            None,
+            "m was trained with --latent_passes: --stage rl",
+        ),
         ({"stage": "stage2", "latent_size": 6}, None, "--latent_size 4: m was trained with 6 latents a block; give 6"),
     ],
 )

@@ -44,6 +44,7 @@ from mirage_ds.evaluate.decoder import Decoder, answer_records, load_decoder, ru
 from mirage_ds.evaluate.scoring import Prediction
 from mirage_ds.evaluate.spec import Sampling
 from mirage_ds.model import generate as decoding
+from mirage_ds.model.latents import LatentInputs
 from mirage_ds.serve import app
 from mirage_ds.serve.answers import Answer
 from mirage_ds.serve.app import Server, Service
@@ -270,6 +271,28 @@ def test_latents_come_beside_the_answer(served: Served, decoder: Decoder, record
             torch.testing.assert_close(states_of(one), block, rtol=1e-4, atol=1e-4)
             seen += 1
     assert seen > 2
+
+
+def test_latents_made_together_come_whole(decoder: Decoder, records: list[Record], mixed: Path, tmp_path: Path) -> None:
+    model, drawn = decoder.loaded.model, torch.randn(K, 128, generator=torch.Generator().manual_seed(7))
+    model.latent_inputs = LatentInputs(0.3 * drawn, 1)
+    try:
+        together = replace(decoder, encoder=replace(decoder.encoder, latent_passes=1))
+        mirage, seen = Mirage(together), 0
+        with serving(together, tmp_path / "s", files=mixed.parent, return_latents=True) as served:
+            for record in records[:4]:
+                pictures = [mixed.parent / one for one in record.image_input]
+                wanted = mirage.generate(record.text_input, pictures, max_new_tokens=NEW)
+                reply = served.ask(messages_of(record, mixed.parent))
+                choice = reply.choices[0]
+                assert (choice.message.content, reply.usage.completion_tokens) == (wanted.text, len(wanted.ids))
+                assert [one["place"] for one in choice.latents] == [place for place, _ in wanted.runs]
+                for one, block in zip(choice.latents, wanted.latents, strict=True):
+                    torch.testing.assert_close(states_of(one), block, rtol=1e-4, atol=1e-4)
+                    seen += 1
+        assert seen > 1
+    finally:
+        model.latent_inputs = None
 
 
 @pytest.fixture(scope="module")

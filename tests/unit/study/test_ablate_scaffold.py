@@ -66,6 +66,23 @@ def test_a_changed_scaffold_makes_a_new_stage1_and_old_runs_keep_their_keys(tmp_
     assert not {"feed", "latent_targets"} & settings["settings"].keys()
 
 
+def test_latents_made_together_are_another_run_and_idle_where_none_are_made(tmp_path: Path, nano: Path) -> None:
+    chain: dict[str, Any] = {"chain": ["base", "own", "stage2"]}
+    arms = {
+        "turn": chain,
+        "jacobi": chain | {"settings": {"latent_passes": 2}},
+        "parallel": chain | {"settings": {"latent_passes": 0, "detach_latents": True}},
+    }
+    made, _ = study(tmp_path, nano, arms=arms)
+    turn, jacobi, parallel = ([made.nodes[key] for key in cell.stages] for cell in made.cells)
+    assert turn[0] == jacobi[0] == parallel[0]
+    assert len({one.key for cell in (turn, jacobi, parallel) for one in cell[1:]}) == 6
+    assert [one.config.latent_passes for one in jacobi] == [None, 2, 2]
+    assert [one.config.detach_latents for one in parallel] == [False] * 3
+    # Runs from before there was such a setting keep their keys.
+    assert all("latent_passes" not in one.material["settings"] for one in turn)
+
+
 @pytest.mark.parametrize(
     "chain", [["scaffold"], ["base", "scaffold"], ["scaffold", "stage2"], ["scaffold", "sft", "stage1"]]
 )
