@@ -258,6 +258,7 @@ class Mirage:
         latent_size: int | None = None,
         slots: Slots | None = None,
         compress_strategy: Compress = "average",
+        bottleneck: bool = False,
         image_root: str | Path | None = None,
         columns: str | None = None,
     ) -> Rows:
@@ -284,7 +285,15 @@ class Mirage:
         k, encoder = latent_size or self.latent_size, self._decoder.encoder
         return Rows(
             records,
-            replace(encoder, finder=finder, stage=stage, latent_size=k, slots=slots, compress=compress_strategy),
+            replace(
+                encoder,
+                finder=finder,
+                stage=stage,
+                latent_size=k,
+                slots=slots,
+                compress=compress_strategy,
+                bottleneck=bottleneck,
+            ),
         )
 
     def batch(self, samples: Sample | Sequence[Sample]) -> Batch:

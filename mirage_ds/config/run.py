@@ -71,6 +71,7 @@ class _Settings(BaseModel):
     latent_loss: LatentLoss = Field("cosine", description="Of stage 1's latents: 1 − cosine, or mean squared distance.")
     latent_targets: Path | None = Field(None, description="stage1: targets by the encoder that scaffold saved here.")
     feed: Feed = Field("targets", description="stage1: what latents get as inputs; own: the model's states, as stage2.")
+    bottleneck: bool = Field(False, description="Text behind latents does not see the input images (stage1, stage2).")
     detach_latents: bool = Field(False, description="No gradient through the states that are fed back (stage2, own).")
     train_targets: bool = Field(False, description="stage1 --train_vision: CE trains the tower through latents.")
     train_vision: bool = Field(False, description="Train the vision tower too; in scaffold a copy of it.")
@@ -260,6 +261,11 @@ class RunConfig(RlSettings, _Settings):
             raise ValueError(f"--feed own is for --stage stage1, this run is {stage}: leave it out")
         if self.feed == "own" and self.slots == "auxiliary":
             raise ValueError("--feed own: answers of --slots auxiliary see no latents; leave out one")
+        if self.bottleneck and (stage not in ("stage1", "stage2") or self.slots == "auxiliary"):
+            how = "--slots auxiliary" if stage == "stage1" else f"--stage {stage}"
+            raise ValueError(
+                f"--bottleneck leaves answers what latents tell them, and in {how} they see none: leave it out"
+            )
         if self.feed == "own" and self.train_targets:
             raise ValueError("--train_targets trains the tower by the latents' inputs, which --feed own replaces")
 

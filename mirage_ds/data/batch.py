@@ -22,9 +22,10 @@ class Pass(NamedTuple):
     """One pass of the forward, on tensors (see passes.PassPlan).
 
     Attributes:
-        tokens: (Tq,) packed indices; first: (Nq,) where each sample begins in them; sources: (Nq,) what is fed back
-            there, empty where nothing is.
-        keys: (Tk,) order of the visible keys; cu_q, cu_k: (Nq + 1,) int32 cumulative lengths; max_q, max_k: longest.
+        tokens: (Tq,) packed indices; first, sources: (Nf,) places in them where states of the pass before are fed back,
+            and places of those states there.
+        keys: (Tk,) order of the visible keys; cu_q, cu_k: (Nq + 1,) int32 cumulative lengths of the Nq parts; max_q,
+            max_k: longest.
         labelled: (Mj,) places in `tokens` whose next token is a label.
     """
 
@@ -89,13 +90,12 @@ def _cumulative(lengths: Sequence[int]) -> torch.Tensor:
 
 
 def _pass(plan: PassPlan, predicts: np.ndarray) -> Pass:
-    cu_q = _cumulative(plan.query_lengths)
     return Pass(
         tokens=torch.from_numpy(plan.tokens),
-        first=cu_q[:-1].long(),
+        first=torch.from_numpy(plan.first),
         sources=torch.from_numpy(plan.sources),
         keys=torch.from_numpy(plan.keys),
-        cu_q=cu_q,
+        cu_q=_cumulative(plan.query_lengths),
         cu_k=_cumulative(plan.key_lengths),
         max_q=max(plan.query_lengths),
         max_k=max(plan.key_lengths),
@@ -126,7 +126,8 @@ def collate(samples: Sequence[Sample], passes: int, dummy: Sample, auxiliary: bo
     if auxiliary:
         plans = schedule_auxiliary(lengths, [sample.runs for sample in packed])
     else:
-        plans = schedule(lengths, [sample.runs if recurrent else () for sample in packed], passes)
+        hidden = [() if sample.hidden is None else sample.hidden.numpy() for sample in packed]
+        plans = schedule(lengths, [sample.runs for sample in packed], passes, hidden)
     made = tuple(_pass(plan, predicts) for plan in plans)
     labelled = np.concatenate([plan.tokens[one.labelled.numpy()] for plan, one in zip(plans, made, strict=True)])
     sample_of = np.repeat(np.arange(len(packed)), lengths)

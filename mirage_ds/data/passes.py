@@ -14,44 +14,61 @@ class PassPlan(NamedTuple):
 
     Attributes:
         tokens: packed indices of the pass's tokens, sample by sample.
-        query_lengths, key_lengths: tokens and visible keys of each sample that takes part.
-        keys: for each sample its keys in order, as indices into the keys of passes 0 … this one, concatenated in the
-            order in which the passes made them.
-        sources: for each sample, the place in the previous pass's tokens whose final hidden state is the input of its
-            first token here (a latent); empty in pass 0, and where nothing is fed back.
+        query_lengths, key_lengths: tokens and visible keys of each part of the pass: of each sample that takes part, or
+            where tokens of a sample see unlike keys (schedule's `hidden`), of each of its stretches that see alike.
+        keys: for each part its keys in order, as indices into the keys of passes 0 … this one, concatenated in the
+            order in which the passes made them. A key may stand in several parts.
+        first: places in `tokens` whose input is fed back (a latent), at most one a sample; none in pass 0, and where
+            nothing is fed back.
+        sources: for each of them, the place in the previous pass's tokens whose final hidden state it gets.
     """
 
     tokens: np.ndarray
     query_lengths: list[int]
     key_lengths: list[int]
     keys: np.ndarray
+    first: np.ndarray
     sources: np.ndarray
 
 
-def schedule(lengths: Sequence[int], runs: Sequence[Sequence[tuple[int, int]]], passes: int) -> list[PassPlan]:
+def schedule(
+    lengths: Sequence[int],
+    runs: Sequence[Sequence[tuple[int, int]]],
+    passes: int,
+    hidden: Sequence[Sequence[int] | np.ndarray] = (),
+) -> list[PassPlan]:
     """Plan the passes of the recurrent stage (or the single pass of the others) over a packed micro-batch.
 
     With blocks of k latents at positions p₁ < p₂ < …: pass 0 runs [0, p₁); pass j, 1 ≤ j < k, the j-th latent alone;
     pass k the last latent with all that follows up to p₂; and so on, blocks · k + 1 passes in all. A sample without
     latents lies whole in pass 0 and takes part in no other.
 
+    Text behind a sample's first block does not see its hidden tokens; latents and what stands before do. No token runs
+    in another pass for that: within a pass, such text is a part of its own.
+
     Args:
         lengths: tokens of each sample of the micro-batch.
-        runs: the latent blocks of each sample as (p, k); all empty where there is one pass.
-        passes: of the forward, at least the most any sample needs.
+        runs: the latent blocks of each sample as (p, k).
+        passes: of the forward, at least the most any sample needs; 1 runs all at once, nothing is fed back.
+        hidden: places in each sample that text behind its first block does not see; none if not given.
 
     Returns:
         One PassPlan a pass.
     """
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     pass_of = np.zeros(int(starts[-1]), dtype=np.int64)
+    unseen, blind = np.zeros((2, len(pass_of)), dtype=bool)
+    for sample, places in enumerate(hidden):
+        unseen[starts[sample] + np.asarray(places, dtype=np.int64)] = True
     for sample, sample_runs in enumerate(runs):
-        number = 0
+        begin, end, number = int(starts[sample]), int(starts[sample + 1]), 0
         for p, k in sample_runs:
-            at = int(starts[sample]) + p
-            pass_of[at : at + k] = number + 1 + np.arange(k)
-            number += k
-            pass_of[at + k : int(starts[sample + 1])] = number
+            at = begin + p
+            blind[at : at + k], blind[at + k : end] = False, unseen[begin:end].any()
+            if passes > 1:
+                pass_of[at : at + k] = number + 1 + np.arange(k)
+                number += k
+                pass_of[at + k : end] = number
     if int(pass_of.max(initial=0)) >= passes:
         raise ValueError(f"a sample needs {int(pass_of.max()) + 1} passes, there are {passes}")
     sample_of = np.repeat(np.arange(len(lengths)), lengths)
@@ -60,15 +77,19 @@ def schedule(lengths: Sequence[int], runs: Sequence[Sequence[tuple[int, int]]], 
     place_of = np.empty_like(made)
     place_of[made] = np.arange(len(made))
     plans: list[PassPlan] = []
-    before = np.empty(0, dtype=np.int64)
+    before = none = np.empty(0, dtype=np.int64)
     for number in range(passes):
         tokens = np.flatnonzero(pass_of == number)
-        members, first, counts = np.unique(sample_of[tokens], return_index=True, return_counts=True)
-        visible = np.isin(sample_of, members) & (pass_of <= number)
-        _, key_counts = np.unique(sample_of[visible], return_counts=True)
-        sources = np.searchsorted(before, tokens[first] - 1) if number else np.empty(0, dtype=np.int64)
-        keys = place_of[np.flatnonzero(visible)]
-        plans.append(PassPlan(tokens, counts.tolist(), key_counts.tolist(), keys, sources))
+        first = np.flatnonzero(np.diff(2 * sample_of[tokens] + blind[tokens], prepend=-1))
+        counts = np.diff(first, append=len(tokens))
+        keys = []
+        for last in tokens[first + counts - 1]:
+            seen = np.arange(starts[sample_of[last]], last + 1)
+            keys.append(seen[~unseen[seen]] if blind[last] else seen)
+        fed = first[~blind[tokens[first]]] if number else none
+        sources = np.searchsorted(before, tokens[fed] - 1)
+        placed = place_of[np.concatenate([none, *keys])]
+        plans.append(PassPlan(tokens, counts.tolist(), [len(one) for one in keys], placed, fed, sources))
         before = tokens
     return plans
 
@@ -96,6 +117,6 @@ def schedule_auxiliary(lengths: Sequence[int], runs: Sequence[Sequence[tuple[int
     for begin, at, k in spans:
         before = np.arange(begin, at)
         visible.append(np.concatenate([before[~is_latent[before]], np.arange(at, at + k)]))
-    of_text = PassPlan(text, counts.tolist(), counts.tolist(), place_of[text], none)
+    of_text = PassPlan(text, counts.tolist(), counts.tolist(), place_of[text], none, none)
     lengths_of_blocks, keys = [k for _, _, k in spans], place_of[np.concatenate(visible)]
-    return [of_text, PassPlan(latents, lengths_of_blocks, [len(one) for one in visible], keys, none)]
+    return [of_text, PassPlan(latents, lengths_of_blocks, [len(one) for one in visible], keys, none, none)]

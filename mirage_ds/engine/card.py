@@ -56,6 +56,7 @@ def _arm(state: Mapping[str, Any]) -> str:
         "targets train the tower": targets,
         "learned targets": state.get("latent_targets"),
         "own states fed": state.get("feed"),
+        "pictures hidden behind latents": state.get("bottleneck"),
     }
     return ", ".join(said for said, does in differs.items() if does)
 

@@ -58,6 +58,7 @@ MUST_AGREE = {
     "train_vision": "--train_vision",
     "latent_targets": "--latent_targets (SHA-256)",
     "feed": "--feed",
+    "bottleneck": "--bottleneck",
     "lora": "--lora_rank, --lora_alpha, --lora_targets",
     "zero_stage": "ZeRO stage of --deepspeed",
     "latent_policy": "--latent_policy",

@@ -47,6 +47,8 @@ def trained_of(state: Mapping[str, Any]) -> dict[str, Any]:
     # Who decodes it meets no latent block, as with sft.
     stage = "sft" if state.get("latent_policy") == "text" else state["stage"]
     trained = dict(stage=stage, latent_size=state["latent_size"], slots=slots, compress_strategy=compress)
+    if state.get("bottleneck"):
+        trained["bottleneck"] = True
     if lora := state.get("lora"):
         trained["lora"] = {name: lora[name] for name in ("rank", "alpha", "targets")}
     return trained

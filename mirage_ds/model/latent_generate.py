@@ -93,11 +93,9 @@ def generate(*arguments: Any, model: Any, logits_processor: Any = None, **given:
     """
     trained = getattr(model.config, "mirage", None) or {}
     slots = "none" if "latent_tokens" not in trained else trained.get("slots") or "latents"
-    if slots != "latents":
-        raise ValueError(
-            f"{model.name_or_path} was trained with slots {slots!r}, which are not known here; `mirage-ds generate` "
-            "decodes it"
-        )
+    if slots != "latents" or trained.get("bottleneck"):
+        how = "--bottleneck, which is" if slots == "latents" else f"slots {slots!r}, which are"
+        raise ValueError(f"{model.name_or_path} was trained with {how} not known here; `mirage-ds generate` decodes it")
     config = given.get("generation_config") or model.generation_config
     for name, fine in ONE_BY_ONE.items():
         if given.get(name, getattr(config, name, None)) not in (None, fine):

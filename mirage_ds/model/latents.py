@@ -137,7 +137,9 @@ def run_passes(
         x = x[None]
         # At most a token a sample, as between the first pass and the last.
         thin = number > 0 and one.max_q <= 1 and resident
-        keys, ends = one.keys if end else None, Ends(one.cu_q, one.cu_k, one.max_q, one.max_k)
+        # One pass whose tokens all see what stands before them has its keys as they are made.
+        keys = one.keys if end or len(one.keys) > len(one.tokens) else None
+        ends = Ends(one.cu_q, one.cu_k, one.max_q, one.max_k)
         for place, layer in enumerate(layers.calls):
             packed = Packed(list(made[place]), [], keys, ends, backend, slopes[place], thin)
             # Hooks have nothing to gather where all is whole.

@@ -60,7 +60,8 @@ def targets_state(run: Run, checked: Checked, data: Data) -> dict[str, Any]:
         tower = data.tower.tower if data.tower and not config.train_vision else None
         made = partial(describe_encoder, read_config(checked.folders[0]), config.latent_size, tower, sources)
         return {"scaffold": from_rank_zero(made, run.world)}
-    own = {"feed": "own"} if config.feed == "own" else {}
+    own: dict[str, Any] = {"feed": "own"} if config.feed == "own" else {}
+    own |= {"bottleneck": True} if config.bottleneck else {}
     return own | ({"latent_targets": data.targets.digest} if data.targets else {})
 
 

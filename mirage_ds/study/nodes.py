@@ -222,6 +222,7 @@ def make_config(settings: Settings, where: str, here: Path) -> RunConfig:
     idle += ["feed"] if stage != "stage1" else [] if values.get("feed") == "own" else ["detach_latents"]
     if stage == "sft" and slots != "pause":
         idle.append("latent_size")
+    idle += ["bottleneck"] if stage not in ("stage1", "stage2") or slots == "auxiliary" else []
     if slots == "latents":
         # What it is without being said.
         idle.append("slots")
@@ -242,10 +243,10 @@ def _train_node(
         "settings": {
             key: value
             for key, value in sorted(whole.items())
-            # Adapters, columns, rl and feed came later: where there are none, a run is the one it was.
+            # Adapters, columns, rl, feed and bottleneck came later: where there are none, a run is the one it was.
             if key not in MACHINE and (value or not key.startswith(("lora_", "columns")))
             if config.stage == "rl" or key not in RL_ONLY
-            if (key, value) != ("feed", "targets")
+            if (key, value) not in (("feed", "targets"), ("bottleneck", False))
         },
         "rows_per_step": config.rows_per_step,
         "data": records_hash(config.records),

@@ -103,7 +103,8 @@ def check_against_slow(batch: Batch, packed: list[Sample], passes: int) -> None:
         assert one.cu_q.tolist() == [0, *np.cumsum(sizes)]
         assert one.cu_k.tolist() == [0, *np.cumsum(visible)]
         assert (one.max_q, one.max_k) == (max(sizes), max(visible))
-        assert one.first.tolist() == [0, *np.cumsum(sizes)[:-1]]
+        # Fed back: the first token of each sample, in all passes but the first.
+        assert one.first.tolist() == ([0, *np.cumsum(sizes)[:-1]] if number else [])
         assert one.cu_q.dtype == one.cu_k.dtype == torch.int32
     assert len(batch.passes) == passes
     assert batch.targets.tolist() == targets
