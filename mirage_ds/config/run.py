@@ -261,11 +261,10 @@ class RunConfig(RlSettings, _Settings):
             raise ValueError(f"--feed own is for --stage stage1, this run is {stage}: leave it out")
         if self.feed == "own" and self.slots == "auxiliary":
             raise ValueError("--feed own: answers of --slots auxiliary see no latents; leave out one")
-        if self.bottleneck and (stage not in ("stage1", "stage2") or self.slots == "auxiliary"):
-            how = "--slots auxiliary" if stage == "stage1" else f"--stage {stage}"
-            raise ValueError(
-                f"--bottleneck leaves answers what latents tell them, and in {how} they see none: leave it out"
-            )
+        if self.bottleneck and stage not in ("stage1", "stage2"):
+            raise ValueError(f"--bottleneck is for --stage stage1 and stage2, this run is {stage}: leave it out")
+        if self.bottleneck and self.slots == "auxiliary":
+            raise ValueError("--bottleneck: answers of --slots auxiliary see no latents; leave out one")
         if self.feed == "own" and self.train_targets:
             raise ValueError("--train_targets trains the tower by the latents' inputs, which --feed own replaces")
 

@@ -50,7 +50,7 @@ def schedule(
         lengths: tokens of each sample of the micro-batch.
         runs: the latent blocks of each sample as (p, k).
         passes: of the forward, at least the most any sample needs; 1 runs all at once, nothing is fed back.
-        hidden: places in each sample that text behind its first block does not see; none if not given.
+        hidden: places in each sample, before its first block, that text behind that does not see; none if not given.
 
     Returns:
         One PassPlan a pass.

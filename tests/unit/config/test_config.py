@@ -337,6 +337,9 @@ def test_features_of_a_trained_tower_are_not_kept(sentence: Callable[..., str]) 
         ("--feed own --slots auxiliary", "--feed own: answers of --slots auxiliary see no latents"),
         ("--feed own --train_vision --train_targets", "--train_targets trains the tower by the latents' inputs"),
         ("--detach_latents", "--detach_latents is for --stage stage2"),
+        ("--bottleneck --slots auxiliary", "--bottleneck: answers of --slots auxiliary see no latents; leave out one"),
+        ("--bottleneck --stage sft", "--bottleneck is for --stage stage1 and stage2, this run is sft: leave it out"),
+        ("--bottleneck --stage scaffold", "--bottleneck is for --stage stage1 and stage2, this run is scaffold"),
     ],
 )
 def test_learned_targets_and_own_states_are_refused_where_they_mean_nothing(

@@ -45,13 +45,10 @@ from mirage_ds.model.slots import Limits
 K, GAMMA = 3, 0.5
 
 
-def sees(ids: Sequence[int], encoder: Encoder, closed: bool = False) -> torch.Tensor:
-    """(T, T) bool: which token (row) sees which, token by token; `closed`: also what follows the last turn's head."""
-    names = ("pad", "start", "end"), ("<|latent_pad|>", "<|latent_start|>", "<|latent_end|>")
-    named = dict(zip(*names, strict=True))
-    pad, start, end = (encoder.id_of(named[name]) for name in names[0])
+def sees(ids: Sequence[int], encoder: Encoder, closed: int | None = None) -> torch.Tensor:
+    """(T, T) bool: which token (row) sees which, token by token; from `closed` on all is behind a block."""
+    pad, start, end = (encoder.id_of(token) for token in ("<|latent_pad|>", "<|latent_start|>", "<|latent_end|>"))
     opens, shuts = encoder.id_of("<|vision_start|>"), encoder.id_of("<|vision_end|>")
-    answer = len(ids) - 1 - list(ids)[::-1].index(encoder.id_of("<|im_start|>")) + 2
     picture, blind, inside, open_, done = [], [], False, False, False
     for at, token in enumerate(ids):
         inside |= token == opens
@@ -59,7 +56,8 @@ def sees(ids: Sequence[int], encoder: Encoder, closed: bool = False) -> torch.Te
         inside &= token != shuts
         if open_ and token == end:
             open_, done = False, True
-        blind.append((done or (closed and at >= answer)) and not (open_ and token == pad))
+        blind.append((done or at == closed) and not (open_ and token == pad))
+        done |= at == closed
         open_ |= token == start
     mask = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
     for i in range(len(ids)):
@@ -185,7 +183,7 @@ def world(nano: Path, mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return world_of(nano, mixed, tmp_path_factory.mktemp("models") / "sharp")
 
 
-def see_of(world: World, closed: bool = False) -> Callable[[list[int]], dict[str, Any]]:
+def see_of(world: World, closed: int | None = None) -> Callable[[list[int]], dict[str, Any]]:
     return lambda ids: masked(sees(ids, world.encoder, closed), torch.float64)
 
 
@@ -279,7 +277,7 @@ def test_controls_without_latents_hide_the_images_all_the_same(world: World, pic
         logits = world.plain.lm_head(hidden)
         logits[:, [pad, start, end]] = -torch.inf
         ids = sample.input_ids[kept]
-        scored = torch.tensor([at for at in range(len(ids)) if kept[:].nonzero()[at] in row.scored])
+        scored = torch.tensor([at for at, place in enumerate(kept.nonzero()[:, 0].tolist()) if place in row.scored])
         wanted = logits.log_softmax(-1)[scored - 1].gather(1, ids[scored, None]).mean()
         assert got == pytest.approx(float(wanted), abs=1e-5)
     prompts = [encoder.encode_prompt(record, row) for row, record in enumerate(records)]
@@ -289,6 +287,7 @@ def test_controls_without_latents_hide_the_images_all_the_same(world: World, pic
         return int(logits[0].index_fill(0, torch.tensor([pad, start, end]), -torch.inf).argmax())
 
     for got, prompt in zip(answers, prompts, strict=True):
-        wanted, free = (slowly(world, prompt, limits, choose, see=see_of(world, one)) for one in (True, False))
+        ways = (see_of(world, len(prompt.input_ids)), see_of(world))
+        wanted, free = (slowly(world, prompt, limits, choose, see=one) for one in ways)
         assert got.ids == wanted.ids
         assert (wanted.hidden[-1] - free.hidden[-1]).abs().max() > 1e-4

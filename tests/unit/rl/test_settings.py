@@ -55,6 +55,7 @@ def test_a_rollout_has_prompts_answers_and_steps() -> None:
         ({"stage": "stage2", "num_generations": 5}, "--num_generations 5 is for --stage rl, this run is stage2"),
         ({"slots": "pause"}, "--slots pause: --stage rl takes latents"),
         ({"detach_latents": True}, "--detach_latents is for --stage stage2"),
+        ({"bottleneck": True}, "--bottleneck is for --stage stage1 and stage2, this run is rl"),
         ({"reward": ["accurate"]}, "unknown reward 'accurate' (did you mean 'accuracy'?)"),
         ({"reward": ["accuracy"], "reward_weights": [1, 2]}, "--reward_weights: 2 weights for 1 rewards"),
         ({"prompts_per_rollout": 2}, "2 prompts a rollout (--prompts_per_rollout) are fewer than 3 ranks"),
@@ -79,6 +80,11 @@ def test_settings_that_make_no_run(given: dict[str, Any], sentence: str, tmp_pat
         ({"stage": "sft", "latent_heads": "gaussian"}, "gaussian", "--latent_policy gaussian: m was trained without"),
         ({}, "through", "--latent_policy through: m was trained without latents; train it in stage1 and stage2"),
         ({"stage": "sft", "slots": "pause"}, None, "m was trained with --slots pause: --stage rl takes a model"),
+        (
+            {"stage": "stage2", "latent_size": 4, "bottleneck": True},
+            None,
+            "m was trained with --bottleneck, and answers",
+        ),
         ({"stage": "stage2", "latent_size": 6}, None, "--latent_size 4: m was trained with 6 latents a block; give 6"),
     ],
 )

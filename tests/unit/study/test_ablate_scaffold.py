@@ -66,6 +66,17 @@ def test_a_changed_scaffold_makes_a_new_stage1_and_old_runs_keep_their_keys(tmp_
     assert not {"feed", "latent_targets"} & settings["settings"].keys()
 
 
+def test_hidden_images_are_idle_where_no_answer_reads_latents(tmp_path: Path, nano: Path) -> None:
+    asked = {"settings": {"bottleneck": True}}
+    arms = {"a": asked | {"chain": ["base", "scaffold", "own", "stage2"]}, "b": asked | {"chain": ["stage1"]}}
+    arms["b"]["settings"] = asked["settings"] | {"slots": "auxiliary"}
+    made, _ = study(tmp_path, nano, arms=arms)
+    found = [[made.nodes[key].config.bottleneck for key in cell.stages] for cell in made.cells]
+    assert found == [[False, False, True, True], [False]]
+    said = [made.nodes[key].material["settings"].get("bottleneck") for key in made.cells[0].stages]
+    assert said == [None, None, True, True]
+
+
 @pytest.mark.parametrize(
     "chain", [["scaffold"], ["base", "scaffold"], ["scaffold", "stage2"], ["scaffold", "sft", "stage1"]]
 )
