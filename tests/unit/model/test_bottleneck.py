@@ -34,6 +34,7 @@ from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder
 from mirage_ds.data.record_files import scan
 from mirage_ds.data.sample import Sample
+from mirage_ds.engine.save import trained_of
 from mirage_ds.evaluate.decoder import load_decoder, run_limits
 from mirage_ds.evaluate.prompts import prompts_of
 from mirage_ds.model import kv_cache
@@ -241,6 +242,8 @@ def test_answers_of_one_prompt_share_what_they_saw(world: World, monkeypatch: py
 
 def test_a_folder_says_how_its_answers_see(sharp: Path, mixed: Path, tmp_path: Path) -> None:  # noqa: F811
     for name, said in (("masked", {"bottleneck": True}), ("free", {})):
+        state = {"stage": "stage1", "latent_size": K, **said}
+        assert trained_of(state).get("bottleneck") == said.get("bottleneck")
         (tmp_path / name).mkdir()
         for file in sharp.iterdir():
             (tmp_path / name / file.name).symlink_to(file)
