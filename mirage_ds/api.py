@@ -283,7 +283,7 @@ class Mirage:
                 records = [make_record(one, line, columns=names) for line, one in enumerate(rows_of_frame(data), 1)]
             finder = ImageFinder(tuple(one.resolve() for one in (root, Path.cwd()) if one))
         k, encoder = latent_size or self.latent_size, self._decoder.encoder
-        settings = dict(stage=stage, slots=slots, compress=compress_strategy, bottleneck=bottleneck)
+        settings: Any = dict(stage=stage, slots=slots, compress=compress_strategy, bottleneck=bottleneck)
         return Rows(records, replace(encoder, finder=finder, latent_size=k, **settings))
 
     def batch(self, samples: Sample | Sequence[Sample]) -> Batch:

@@ -230,9 +230,9 @@ class _GatheredStep:
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
         """Keep k and v (n, Hkv, D), and attend with q (n, Hq, D) → (n, Hq, D)."""
-        stores, (block, inside) = self.cache.write(self.layer, k, v, self.at), self.seen
-        seen = [one[block, :, inside] for one in stores]
-        return varlen_attention(q, *seen, self.ends, self.cache.kernel or "sdpa", scale)
+        (block, inside), backend = self.seen, self.cache.kernel or "sdpa"
+        k, v = (one[block, :, inside] for one in self.cache.write(self.layer, k, v, self.at))
+        return varlen_attention(q, k, v, self.ends, backend, scale)
 
 
 class _BlockStep:

@@ -110,8 +110,8 @@ def attention(model: MirageModel, thought: Thought, queries: torch.Tensor) -> to
     found = []
     plan = schedule([len(thought.ids)], [thought.runs], 1, [thought.hidden.numpy()])[0]
     keys, q, k = (torch.tensor(one, device=device) for one in (plan.keys, plan.query_lengths, plan.key_lengths))
-    cumulative = [functional.pad(one.cumsum(0, dtype=torch.int32), (1, 0)) for one in (q, k)]
-    ends = Ends(*cumulative, max(plan.query_lengths), max(plan.key_lengths))
+    cu_q, cu_k = (functional.pad(one.cumsum(0, dtype=torch.int32), (1, 0)) for one in (q, k))
+    ends = Ends(cu_q, cu_k, max(plan.query_lengths), max(plan.key_lengths))
     every = torch.arange(len(thought.inputs), device=device)
     for number, layer in enumerate(text.layers):
         recording = _Recording(queries.to(device), thought.hidden.to(device), Packed([], [], keys, ends, "sdpa"))
