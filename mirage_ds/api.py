@@ -258,6 +258,7 @@ class Mirage:
         latent_size: int | None = None,
         slots: Slots | None = None,
         compress_strategy: Compress = "average",
+        bottleneck: bool = False,
         image_root: str | Path | None = None,
         columns: str | None = None,
     ) -> Rows:
@@ -282,10 +283,8 @@ class Mirage:
                 records = [make_record(one, line, columns=names) for line, one in enumerate(rows_of_frame(data), 1)]
             finder = ImageFinder(tuple(one.resolve() for one in (root, Path.cwd()) if one))
         k, encoder = latent_size or self.latent_size, self._decoder.encoder
-        return Rows(
-            records,
-            replace(encoder, finder=finder, stage=stage, latent_size=k, slots=slots, compress=compress_strategy),
-        )
+        settings: Any = dict(stage=stage, slots=slots, compress=compress_strategy, bottleneck=bottleneck)
+        return Rows(records, replace(encoder, finder=finder, latent_size=k, **settings))
 
     def batch(self, samples: Sample | Sequence[Sample]) -> Batch:
         """Pack Samples, or a single one, into one Batch, on the model's device and with the features of their images.

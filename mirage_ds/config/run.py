@@ -73,6 +73,7 @@ class _Settings(BaseModel):
     latent_targets: Path | None = Field(None, description="stage1: targets by the encoder that scaffold saved here.")
     feed: Feed = Field("targets", description="stage1: what latents get as inputs; own: the model's states, as stage2.")
     latent_passes: int | None = Field(None, ge=0, description="A block's latents together in T passes; 0: in parallel.")
+    bottleneck: bool = Field(False, description="Text behind latents does not see the input images (stage1, stage2).")
     detach_latents: bool = Field(False, description="No gradient through the states that are fed back (stage2, own).")
     train_targets: bool = Field(False, description="stage1 --train_vision: CE trains the tower through latents.")
     train_vision: bool = Field(False, description="Train the vision tower too; in scaffold a copy of it.")
@@ -267,6 +268,10 @@ class RunConfig(RlSettings, _Settings):
             raise ValueError(
                 f"--latent_passes {passes} is for stage2 and --feed own, this run is {stage}: leave it out"
             )
+        if self.bottleneck and stage not in ("stage1", "stage2"):
+            raise ValueError(f"--bottleneck is for --stage stage1 and stage2, this run is {stage}: leave it out")
+        if self.bottleneck and self.slots == "auxiliary":
+            raise ValueError("--bottleneck: answers of --slots auxiliary see no latents; leave out one")
         if self.feed == "own" and self.train_targets:
             raise ValueError("--train_targets trains the tower by the latents' inputs, which --feed own replaces")
 

@@ -23,8 +23,10 @@ class Pass(NamedTuple):
     """One pass of the forward, on tensors (see passes.PassPlan).
 
     Attributes:
-        tokens: (Tq,) packed indices; fed: (Lq,) places in them where states are fed back; sources: (Lq,) of these.
-        keys: (Tk,) order of the visible keys; cu_q, cu_k: (Nq + 1,) int32 cumulative lengths; max_q, max_k: longest.
+        tokens: (Tq,) packed indices; fed: (Lq,) places in them where states of the pass before are fed back; sources:
+            (Lq,) places of those states there.
+        keys: (Tk,) order of the visible keys; cu_q, cu_k: (Nq + 1,) int32 cumulative lengths of the Nq parts; max_q,
+            max_k: longest.
         labelled: (Mj,) places in `tokens` whose next token is a label, where they run for the last time.
     """
 
@@ -94,13 +96,12 @@ def _cumulative(lengths: Sequence[int]) -> torch.Tensor:
 
 
 def _pass(plan: PassPlan, predicts: np.ndarray) -> Pass:
-    cu_q = _cumulative(plan.query_lengths)
     return Pass(
         tokens=torch.from_numpy(plan.tokens),
         fed=torch.from_numpy(plan.fed),
         sources=torch.from_numpy(plan.sources),
         keys=torch.from_numpy(plan.keys),
-        cu_q=cu_q,
+        cu_q=_cumulative(plan.query_lengths),
         cu_k=_cumulative(plan.key_lengths),
         max_q=max(plan.query_lengths),
         max_k=max(plan.key_lengths),
@@ -134,7 +135,8 @@ def collate(
     if auxiliary:
         plans = schedule_auxiliary(lengths, [sample.runs for sample in packed])
     else:
-        plans = schedule(lengths, [sample.runs if recurrent else () for sample in packed], passes, latent_passes)
+        hidden = [() if sample.hidden is None else sample.hidden.numpy() for sample in packed]
+        plans = schedule(lengths, [sample.runs for sample in packed], passes, latent_passes, hidden)
     last = np.zeros(len(labels), dtype=np.int64)
     for number, plan in enumerate(plans):
         last[plan.tokens] = number

@@ -9,6 +9,11 @@ but `<|latent_pad|>` (arXiv 2506.17218, section 3).
 `--slots pause`: k pads are placed, and no latent block is noted (`Encoder.fill`): they are ordinary embeddings without
 labels. Decoding feeds the same embedding (model/slots.py, pause).
 
+`--bottleneck`: what follows a row's first latent block, its end token first, does not attend to the tokens of the input
+images, from `<|vision_start|>` to `<|vision_end|>`; latents of all blocks do, and so does what stands before the first
+block: the question, and words of the answer. LIVR (arXiv 2512.21218, section 3.2) hides the same tokens, from its
+prompt's text too; Monet (arXiv 2511.21395) hides its helper image. Positions are as without it.
+
 What a user's text spells out, `<|im_end|>` say, stays text: only the template and the encoder place special tokens.
 """
 
@@ -29,7 +34,7 @@ from mirage_ds.data.literals import Literals
 from mirage_ds.data.messages import TURNS_BEFORE
 from mirage_ds.data.pooling import pool_groups
 from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, Record
-from mirage_ds.data.sample import IGNORE, Grid, Layout, Measure, Sample, mrope_positions
+from mirage_ds.data.sample import IGNORE, Grid, Layout, Measure, Sample, mrope_positions, picture_places
 from mirage_ds.errors import UserError
 
 if TYPE_CHECKING:
@@ -68,6 +73,7 @@ class Encoder:
         slots: what stands where the helper stood, as config.RunConfig.slots.
         compress: how the helper's features become k targets.
         latent_passes: of a block's latents together, as config.RunConfig.latent_passes.
+        bottleneck: text behind a row's first latent block does not see the input images.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -79,6 +85,7 @@ class Encoder:
     slots: Slots | None = None
     compress: Compress = "average"
     latent_passes: int | None = None
+    bottleneck: bool = False
 
     @cached_property
     def literals(self) -> Literals:
@@ -249,6 +256,7 @@ class Encoder:
             # What follows a block stands where it would without it; another block's latents are not there either.
             earlier = np.cumsum(ids == pad)
             positions -= np.where(ids == pad, (earlier - 1) // self.latent_size * self.latent_size, earlier)
+        image_positions = np.flatnonzero(ids == image_pad)
         groups = [
             # What was pooled before is a mean of one.
             np.arange(self.latent_size) if helper_features is not None and self.pools else self.groups_of(grid)
@@ -260,7 +268,7 @@ class Encoder:
             input_ids=torch.from_numpy(ids),
             labels=torch.from_numpy(labels),
             position_ids=torch.from_numpy(positions),
-            image_positions=torch.from_numpy(np.flatnonzero(ids == image_pad)),
+            image_positions=torch.from_numpy(image_positions),
             pixel_values=pixels,
             image_grid_thw=grids,
             runs=tuple((int(start), self.latent_size) for start in starts),
@@ -269,6 +277,7 @@ class Encoder:
             helper_groups=torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *groups])),
             image_features=image_features,
             helper_features=helper_features,
+            hidden=torch.from_numpy(picture_places(image_positions)) if self.bottleneck else None,
         )
 
     def encode_prompt(self, record: Record, row: int) -> Sample:

@@ -16,9 +16,10 @@ class PassPlan(NamedTuple):
 
     Attributes:
         tokens: packed indices of the pass's tokens, sample by sample.
-        query_lengths, key_lengths: tokens and visible keys of each sample that takes part.
-        keys: for each sample its keys in order, as indices into the keys of passes 0 … this one, concatenated in the
-            order in which the passes made them.
+        query_lengths, key_lengths: tokens and visible keys of each part of the pass: of each sample that takes part, or
+            where tokens of a sample see unlike keys (schedule's `hidden`), of each of its stretches that see alike.
+        keys: for each part its keys in order, as indices into the keys of passes 0 … this one, concatenated in the
+            order in which the passes made them. A key may stand in several parts.
         fed: places in `tokens` of latents whose input is the state before them; none in pass 0.
         sources: for each of these, the place in the previous pass's tokens of that state.
     """
@@ -32,7 +33,11 @@ class PassPlan(NamedTuple):
 
 
 def schedule(
-    lengths: Sequence[int], runs: Sequence[Sequence[tuple[int, int]]], passes: int, latent_passes: int | None = None
+    lengths: Sequence[int],
+    runs: Sequence[Sequence[tuple[int, int]]],
+    passes: int,
+    latent_passes: int | None = None,
+    hidden: Sequence[Sequence[int] | np.ndarray] = (),
 ) -> list[PassPlan]:
     """Plan the passes of the recurrent stage (or the single pass of the others) over a packed micro-batch.
 
@@ -44,11 +49,15 @@ def schedule(
     before it of pass t − 1, for those before have theirs for good (the t-th pass of the recurrence would be the same);
     pass T these with all that follows up to p₂ + k; blocks · min(T, k) + 1 passes. Keys of earlier runs are not seen.
 
+    Text behind a sample's first block does not see its hidden tokens; latents and what stands before do. No token runs
+    in another pass for that: within a pass, such text is a part of its own.
+
     Args:
         lengths: tokens of each sample of the micro-batch.
-        runs: the latent blocks of each sample as (p, k); all empty where there is one pass.
-        passes: of the forward, at least the most any sample needs.
+        runs: the latent blocks of each sample as (p, k).
+        passes: of the forward, at least the most any sample needs; 1 runs all at once, nothing is fed back.
         latent_passes: T; None where latents are made in turn.
+        hidden: places in each sample, before its first block, that text behind that does not see; none if not given.
 
     Returns:
         One PassPlan a pass.
@@ -57,35 +66,44 @@ def schedule(
     # The first and the last pass in which each token runs, and from which on its input is a state.
     begin, end, fed = np.zeros((3, int(starts[-1])), dtype=np.int64)
     fed[:] = passes
+    unseen, blind = np.zeros((2, len(begin)), dtype=bool)
+    for sample, places in enumerate(hidden):
+        unseen[starts[sample] + np.asarray(places, dtype=np.int64)] = True
     for sample, sample_runs in enumerate(runs):
-        number = 0
+        row, number = slice(int(starts[sample]), int(starts[sample + 1])), 0
         for p, k in sample_runs:
-            at, slots, added = int(starts[sample]) + p, np.arange(k), passes_of_block(k, latent_passes)
-            own = slice(at, at + k)
+            slots, added = np.arange(k), passes_of_block(k, latent_passes)
+            own, after = slice(row.start + p, row.start + p + k), slice(row.start + p + k, row.stop)
+            blind[own], blind[after] = False, unseen[row].any()
+            if passes == 1:
+                continue
             if latent_passes is None:
                 begin[own] = end[own] = fed[own] = number + 1 + slots
             else:
                 begin[own], end[own], fed[own] = number, number + np.minimum(added, slots + 1), number + 1
             number += added
-            after = slice(at + k, int(starts[sample + 1]))
             begin[after] = end[after] = number
     if int(end.max(initial=0)) >= passes:
         raise ValueError(f"a sample needs {int(end.max()) + 1} passes, there are {passes}")
     sample_of = np.repeat(np.arange(len(lengths)), lengths)
     place_of, made = np.empty_like(begin), 0
     plans: list[PassPlan] = []
-    before = np.empty(0, dtype=np.int64)
+    before = none = np.empty(0, dtype=np.int64)
     for number in range(passes):
         tokens = np.flatnonzero((begin <= number) & (number <= end))
         # Keys are made in this order; of a token that runs again those of now are seen.
         place_of[tokens] = made + np.arange(len(tokens))
         made += len(tokens)
-        members, counts = np.unique(sample_of[tokens], return_counts=True)
-        visible = np.isin(sample_of, members) & (begin <= number)
-        _, key_counts = np.unique(sample_of[visible], return_counts=True)
+        first = np.flatnonzero(np.diff(2 * sample_of[tokens] + blind[tokens], prepend=-1))
+        counts = np.diff(first, append=len(tokens))
+        keys = []
+        for last in tokens[first + counts - 1]:
+            seen = np.arange(starts[sample_of[last]], last + 1)
+            keys.append(seen[~unseen[seen]] if blind[last] else seen)
         here = np.flatnonzero(fed[tokens] <= number)
         sources = np.searchsorted(before, tokens[here] - 1)
-        plans.append(PassPlan(tokens, counts.tolist(), key_counts.tolist(), place_of[visible], here, sources))
+        placed = place_of[np.concatenate([none, *keys])]
+        plans.append(PassPlan(tokens, counts.tolist(), [len(one) for one in keys], placed, here, sources))
         before = tokens
     return plans
 

@@ -30,6 +30,8 @@ class Sample(NamedTuple):
             pooling.pool_groups; runs counted on); empty where there are no helpers.
         image_features: (F, H) where the frozen tower's features were kept; then there are no pixels.
         helper_features: (blocks · k, H) where the helpers' targets were kept: each is in a group of its own.
+        hidden: places of the input images' tokens (picture_places) where text behind the first latent block does not
+            see them (--bottleneck); None where it does.
     """
 
     row: int
@@ -45,6 +47,7 @@ class Sample(NamedTuple):
     helper_groups: torch.Tensor
     image_features: torch.Tensor | None = None
     helper_features: torch.Tensor | None = None
+    hidden: torch.Tensor | None = None
 
     def answered(
         self, ids: Sequence[int], blocks: Iterable[tuple[int, int]] = (), learnt: torch.Tensor | None = None
@@ -119,6 +122,15 @@ class ImageKeys(NamedTuple):
         first, counts = self.starts[own], self.starts[own + 1] - self.starts[own]
         # An image's place is its row's first one and its number within the row.
         return np.arange(counts.sum()) + np.repeat(first - np.cumsum(counts) + counts, counts)
+
+
+def picture_places(image_positions: np.ndarray) -> np.ndarray:
+    """Return the places of images' tokens, from vision-start to vision-end, in order: (h,).
+
+    Args:
+        image_positions: (F,) of their features.
+    """
+    return np.unique(image_positions[:, None] + np.arange(-1, 2))
 
 
 def mrope_positions(input_ids: np.ndarray, grids: list[Grid], image_pad: int, merge: int) -> np.ndarray:

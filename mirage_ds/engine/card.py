@@ -57,6 +57,7 @@ def _arm(state: Mapping[str, Any]) -> str:
         "learned targets": state.get("latent_targets"),
         "own states fed": state.get("feed"),
         f"latents made together in {state.get('latent_passes')} passes": state.get("latent_passes") is not None,
+        "pictures hidden behind latents": state.get("bottleneck"),
     }
     return ", ".join(said for said, does in differs.items() if does)
 

@@ -59,6 +59,7 @@ MUST_AGREE = {
     "latent_targets": "--latent_targets (SHA-256)",
     "feed": "--feed",
     "latent_passes": "--latent_passes",
+    "bottleneck": "--bottleneck",
     "lora": "--lora_rank, --lora_alpha, --lora_targets",
     "zero_stage": "ZeRO stage of --deepspeed",
     "latent_policy": "--latent_policy",

@@ -50,6 +50,8 @@ def trained_of(state: Mapping[str, Any]) -> dict[str, Any]:
     trained = dict(stage=stage, latent_size=state["latent_size"], slots=slots, compress_strategy=compress)
     if (passes := state.get("latent_passes")) is not None:
         trained["latent_passes"] = passes
+    if state.get("bottleneck"):
+        trained["bottleneck"] = True
     if lora := state.get("lora"):
         trained["lora"] = {name: lora[name] for name in ("rank", "alpha", "targets")}
     return trained

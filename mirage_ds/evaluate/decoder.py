@@ -62,6 +62,11 @@ class Decoder:
         return read_trained(self.loaded.config)
 
     @property
+    def bottleneck(self) -> bool:
+        """Whether text behind latents was trained not to see the images."""
+        return bool(self.trained.get("bottleneck"))
+
+    @property
     def tower(self) -> FrozenTower:
         """The frozen tower, which load_decoder always gives."""
         assert self.loaded.tower is not None
@@ -76,7 +81,8 @@ class Decoder:
         if self.encoder.latent_passes is not None and k != (own := self.trained["latent_size"]):
             raise UserError(f"{k} latents a block: {self.folder} makes its {own} together; leave the number out")
         compress = self.trained.get("compress_strategy", "average")
-        return replace(self.encoder, stage=stage, latent_size=k, compress=compress)
+        more = dict(compress=compress, bottleneck=self.bottleneck)
+        return replace(self.encoder, stage=stage, latent_size=k, **more)
 
 
 def slots_fed(slots: Slots | None, k: int | None) -> int | None:
@@ -203,7 +209,7 @@ def run_limits(decoder: Decoder, new_tokens: int, longest_run: int, run_length: 
         fixed = int(run_length)
     else:
         raise UserError(f"--run_length {run_length}: give 'trained', 'model' or a number of latents")
-    return Limits(new_tokens, longest_run, fixed, **rest)
+    return Limits(new_tokens, longest_run, fixed, bottleneck=decoder.bottleneck, **rest)
 
 
 def seeds_of(seed: int, row: int, samples: int) -> list[int]:

@@ -23,10 +23,12 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from mirage_ds.data.batch import Batch
 from mirage_ds.data.pack import neighbours
+from mirage_ds.data.sample import picture_places
 from mirage_ds.errors import UserError
 from mirage_ds.model.attention import Ends, Packed
 from mirage_ds.model.choose import Chooser, NotFinite, Turn, finite, greedy, project
@@ -45,12 +47,14 @@ class Prompts(NamedTuple):
         read: [first, end) of the prompts → packed, one pass, with image features attached (FrozenTower.attach). Each is
             read once, in order, when it enters.
         answers: how many each prompt gets; those of the first prompt have the numbers 0, 1, …
+        off: which of a prompt's answers is without latents: with Limits.bottleneck it sees no image from its beginning.
     """
 
     lengths: Sequence[int]
     rows: Sequence[int]
     read: Callable[[int, int], Batch]
     answers: int = 1
+    off: int | None = None
 
 
 class Loop:
@@ -60,6 +64,7 @@ class Loop:
         limits: a prompt has its own new_tokens.
         read: the numbers of prompts, as `add` was told → packed, one pass, as Prompts.read returns it.
         trace: keep each step's inputs and hidden states.
+        off: tells of an answer's number whether it is one that Prompts.off is about.
     """
 
     def __init__(
@@ -70,9 +75,10 @@ class Loop:
         trace: bool = False,
         record: bool = False,
         noise: Latents | None = None,
+        off: Callable[[int], bool] = lambda number: False,
     ):
         self.model, self.limits, self.read, self.trace = model, limits, read, trace
-        self.record, self.noise = record, noise
+        self.record, self.noise, self.off = record, noise, off
         # Slots that a block takes at once.
         self.together = 1
         if model.latent_inputs is not None:
@@ -164,6 +170,11 @@ class Loop:
         tokens = batch.input_ids[last]
         for one, state, token, position in zip(prompts, hidden, tokens, positions, strict=True):
             one.hidden, one.last, one.position = state, token, position
+        if self.limits.bottleneck:
+            pictures, begins = picture_places(batch.image_positions.cpu().numpy()), np.cumsum([0, *lengths])
+            parts = np.split(pictures, np.searchsorted(pictures, begins[1:-1]))
+            for one, begin, part in zip(prompts, begins, parts, strict=False):
+                one.pictures = part - begin
 
     def _begin(self, prompt: Prompt, number: int) -> Row:
         """Begin an answer to a prompt that has been read."""
@@ -173,7 +184,7 @@ class Loop:
             full, rest = divmod(prompt.length, self.cache.size)
             self.cache.hold(table[:full])
             table = table[:full] + ([self.cache.copy(table[full])] if rest else [])
-        row = Row(number, prompt, table, prompt.length)
+        row = Row(number, prompt, table, prompt.length, closed=self.off(number))
         if self.trace:
             row.made.inputs.append(self.text.embed_tokens(prompt.last))
             row.made.hidden.append(prompt.hidden)
@@ -288,7 +299,8 @@ class Loop:
         full = [row for row in self.live if row.length == len(row.table) * self.cache.size]
         for row, block in zip(full, self.cache.take(len(full)), strict=True):
             row.table.append(block)
-        step = self.cache.step([row.table for row in self.live], [row.length for row in self.live])
+        rows = self.live
+        step = self.cache.step([one.table for one in rows], [one.length for one in rows], [one.unseen for one in rows])
         hidden = self._walk(x, self.positions, step)
         self.positions = self.positions + 1
         for place, row in enumerate(self.live):
@@ -357,7 +369,7 @@ def decode(
     def read(numbers: Sequence[int]) -> Batch:
         return prompts.read(numbers[0] // each, numbers[-1] // each + 1)
 
-    loop = Loop(model, limits, read, trace, record, noise)
+    loop = Loop(model, limits, read, trace, record, noise, lambda number: number % each == prompts.off)
     loop.waiting += _prompts(loop.cache, prompts.lengths, prompts.rows, limits, each)
     while loop.live or loop.waiting:
         loop.enter()

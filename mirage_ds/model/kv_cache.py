@@ -121,9 +121,12 @@ class BlockCache:
             one[made] = one[block]
         return made
 
-    def places(self, tables: Sequence[Sequence[int]], lengths: Sequence[int]) -> torch.Tensor:
-        """Return of all tokens of rows that begin their blocks and the places in them: (2, T)."""
+    def places(
+        self, tables: Sequence[Sequence[int]], lengths: Sequence[int], unseen: Sequence[np.ndarray] | None = None
+    ) -> torch.Tensor:
+        """Return of all tokens of rows that begin their blocks, but for `unseen`, blocks and places in them: (2, T)."""
         tokens = [np.arange(length) for length in lengths]
+        tokens = tokens if unseen is None else [np.delete(*one) for one in zip(tokens, unseen, strict=True)]
         blocks = [np.asarray(table)[at // self.size] for table, at in zip(tables, tokens, strict=True)]
         return on_device(np.stack([np.concatenate(blocks), np.concatenate(tokens) % self.size]), self.keys[0].device)
 
@@ -133,12 +136,17 @@ class BlockCache:
         keys[block, :, inside], values[block, :, inside] = k, v
         return keys, values
 
-    def step(self, tables: Sequence[Sequence[int]], lengths: Sequence[int]) -> _KernelStep | _BlockStep:
+    def step(
+        self, tables: Sequence[Sequence[int]], lengths: Sequence[int], unseen: Sequence[np.ndarray]
+    ) -> _KernelStep | _BlockStep | _GatheredStep:
         """Prepare one new token a row: a Context of attention, of the layer that its `layer` says.
 
         Args:
             tables: of each row, with the block that the new token goes into; lengths: tokens before it.
+            unseen: places of tokens before it that it does not see.
         """
+        if any(map(len, unseen)):
+            return _GatheredStep(self, tables, lengths, unseen)
         return (_KernelStep if self.kernel else _BlockStep)(self, tables, lengths)
 
 
@@ -229,6 +237,29 @@ def _torch_varlen(step: _KernelStep, q: torch.Tensor, k: torch.Tensor, v: torch.
 
 # As attention.BACKENDS, with a query a row (n, Hq, D) over blocks (P, B, Hkv, D).
 PAGED = {"flash": _flash, "torch_varlen": _torch_varlen}
+
+
+class _GatheredStep:
+    """Where rows do not see all of their keys: those that each sees are copied to stand side by side."""
+
+    layer = 0
+
+    def __init__(
+        self, cache: BlockCache, tables: Sequence[Sequence[int]], lengths: Sequence[int], unseen: Sequence[np.ndarray]
+    ):
+        counts = [length + 1 - len(one) for length, one in zip(lengths, unseen, strict=True)]
+        ends = np.cumsum([0, *counts])
+        self.cache, self.seen = cache, cache.places(tables, [length + 1 for length in lengths], unseen)
+        # A row's new token is its last.
+        self.at = self.seen[:, on_device(ends[1:] - 1, self.seen.device)]
+        queries = torch.arange(len(ends), device=self.seen.device, dtype=torch.int32)
+        self.ends = Ends(queries, on_device(ends.astype(np.int32), queries.device), 1, max(counts))
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        """Keep k and v (n, Hkv, D), and attend with q (n, Hq, D) → (n, Hq, D)."""
+        (block, inside), backend = self.seen, self.cache.kernel or "sdpa"
+        k, v = (one[block, :, inside] for one in self.cache.write(self.layer, k, v, self.at))
+        return varlen_attention(q, k, v, self.ends, backend, scale)
 
 
 class _BlockStep:

@@ -93,13 +93,11 @@ def generate(*arguments: Any, model: Any, logits_processor: Any = None, **given:
     """
     trained = getattr(model.config, "mirage", None) or {}
     slots = "none" if "latent_tokens" not in trained else trained.get("slots") or "latents"
-    if "latent_passes" in trained:
-        slots = "latents made together"
-    if slots != "latents":
-        raise ValueError(
-            f"{model.name_or_path} was trained with slots {slots!r}, which are not known here; `mirage-ds generate` "
-            "decodes it"
-        )
+    how = "" if slots == "latents" else f"slots {slots!r}, which are"
+    how = "latents made together, which are" if "latent_passes" in trained else how
+    how = "--bottleneck, which is" if trained.get("bottleneck") else how
+    if how:
+        raise ValueError(f"{model.name_or_path} was trained with {how} not known here; `mirage-ds generate` decodes it")
     config = given.get("generation_config") or model.generation_config
     for name, fine in ONE_BY_ONE.items():
         if given.get(name, getattr(config, name, None)) not in (None, fine):

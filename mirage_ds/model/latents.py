@@ -187,7 +187,9 @@ def run_passes(
         x = x[None]
         # At most a token a sample, as between the first pass and the last.
         thin = number > 0 and one.max_q <= 1 and resident
-        keys, ends = one.keys if end else None, Ends(one.cu_q, one.cu_k, one.max_q, one.max_k)
+        # One pass whose tokens all see what stands before them has its keys as they are made.
+        keys = one.keys if end or len(one.keys) > len(one.tokens) else None
+        ends = Ends(one.cu_q, one.cu_k, one.max_q, one.max_k)
         for place, layer in enumerate(layers.calls):
             packed = Packed(list(made[place]), [], keys, ends, backend, slopes[place], thin)
             # Hooks have nothing to gather where all is whole.
@@ -213,13 +215,10 @@ def before_latents(hidden: Sequence[torch.Tensor], batch: Batch, cut: Cut | None
     """
     if len(hidden) == 1:
         return hidden[0].index_select(0, batch.latents - 1)
-    place, last = _last_runs(batch.passes, batch.latents - 1), batch.passes[-1]
+    place = _last_runs(batch.passes, batch.latents - 1)
     if cut is None:
         return torch.cat(list(hidden)).index_select(0, place)
     earlier = torch.cat(list(hidden[:-1]))
-    if len(last.fed) < len(last.cu_q):
-        # One a sample: no latent is made from a state of that pass.
-        return cut(earlier.index_select(0, place))
     own = place - len(earlier)
     before = cut(earlier.index_select(0, place.clamp(max=len(earlier) - 1)))
     return before.where(own[:, None] < 0, hidden[-1].index_select(0, own.clamp(min=0)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from mirage_ds.errors import UserError
@@ -47,7 +48,7 @@ class Prompt:
     Attributes:
         number: that of its first answer; new_tokens: of each answer, at most; begun, ended: answers of it.
         shared, own: blocks that are reserved for all of its answers together, and for each of them.
-        table: its blocks.
+        table: its blocks; pictures: places of its images' tokens, where text behind latents does not see them.
         hidden: (H,) final-norm state at its last token; last: () that token; position: () of the one after it.
 
     Raises:
@@ -66,6 +67,7 @@ class Prompt:
         # Its full blocks serve all.
         self.own = cache.blocks(length + new_tokens) - (length // cache.size if several else 0)
         self.table: list[int] = []
+        self.pictures = np.empty(0, dtype=np.int64)
         blocks = self.shared + self.own
         if cache.most is not None and blocks > cache.most:
             raise UserError(
@@ -81,7 +83,7 @@ class Row:
 
     Attributes:
         number: of the answer; table: its blocks; length: tokens in them.
-        slot: of the open latent block, −1 outside; block: latent blocks before.
+        slot: of the open latent block, −1 outside; block: latent blocks before; closed: one has ended, empty or not.
         broken: it has ended because its logits were not finite.
     """
 
@@ -92,7 +94,14 @@ class Row:
     made: Generated = field(default_factory=Generated)
     slot: int = -1
     block: int = 0
+    closed: bool = False
     broken: bool = False
+
+    @property
+    def unseen(self) -> np.ndarray:
+        """Places of the keys that the token which was fed last does not see."""
+        blind = self.closed and self.made.fed[-1] == "E"
+        return self.prompt.pictures if blind else self.prompt.pictures[:0]
 
     def take(self, token: int, tokens: LatentTokens, limits: Limits, together: int = 1) -> Slot | None:
         """Go on with the token that was chosen; return the slot where the hidden state is fed, if there is one.
@@ -104,7 +113,7 @@ class Row:
         if self.slot < 0:
             self.slot = 0 if token == tokens.start else -1
         elif limits.closes(self.slot, token == tokens.end):
-            token, self.block, self.slot = tokens.end, self.block + (self.slot > 0), -1
+            token, self.block, self.slot, self.closed = tokens.end, self.block + (self.slot > 0), -1, True
         else:
             token, fed, self.slot = tokens.pad, Slot(self.number, self.block, self.slot), self.slot + together
             taken = min(together, self.prompt.new_tokens - len(self.made.ids))

@@ -20,7 +20,7 @@ APART = 0x5DEECE66D
 
 @dataclass(frozen=True)
 class Limits:
-    """How long rows and latent blocks may become, and how many there are at a time.
+    """How long rows and latent blocks may become, how many there are at a time, and what they see.
 
     Attributes:
         new_tokens: tokens a row may emit.
@@ -29,6 +29,7 @@ class Limits:
         prefill_tokens: prompts run together up to so many tokens; a longer one runs alone.
         rows: rows that decode at a time; all if None.
         cache_gb: keys and values of all rows, in GB of 10⁹ bytes; what `rows` rows may need if None.
+        bottleneck: once a row has closed a latent block, its text does not see its images (data/encode.py).
     """
 
     new_tokens: int = 1024
@@ -37,6 +38,7 @@ class Limits:
     prefill_tokens: int = 8192
     rows: int | None = None
     cache_gb: float | None = None
+    bottleneck: bool = False
 
     def closes(self, slot: int, wanted: bool) -> bool:
         """Tell whether a latent block with so many latents ends, where the model wants it to or not."""

@@ -33,11 +33,13 @@ class PassShape(NamedTuple):
     """One pass over the layers.
 
     Attributes:
-        queries, keys: tokens and visible keys of each sample that takes part, (N,) each.
+        queries, keys: tokens and visible keys of each part (data.passes.PassPlan), (N,) each.
+        fed: tokens whose input is fed back; N of each pass but the first if None.
     """
 
     queries: tuple[int, ...]
     keys: tuple[int, ...]
+    fed: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -95,6 +97,11 @@ class Micro(NamedTuple):
     def backwards(self) -> int:
         """Engine backwards of a micro-step."""
         return 1 + (self.split and self.last > 0)
+
+    def fed(self, number: int) -> int:
+        """States that a pass is fed of the one before."""
+        one = self.passes[number]
+        return len(one.queries) if one.fed is None else one.fed
 
     def thin(self, number: int) -> bool:
         """Whether a pass recomputes its attention alone: at most a token a sample, and weights that stay."""
@@ -154,7 +161,7 @@ def saved_terms(micro: Micro) -> Terms:
     joined copy of all earlier keys and values.
     """
     model, width, tokens, hidden = micro.model, micro.width, micro.tokens, micro.model.hidden
-    fed_back = sum(len(one.queries) for one in micro.passes[1:])
+    fed_back = sum(micro.fed(number) for number in range(1, len(micro.passes)))
     terms = {
         "final norm ((4 + b) T H + 4 T)": (FLOAT32 + width) * tokens * hidden + FLOAT32 * tokens,
         "rotary cos and sin (2 b T D)": 2 * width * tokens * model.head_width,
@@ -324,7 +331,7 @@ def peak(micro: Micro) -> Peak:
                 deferred -= sum(deposited(micro, later) for later in range(1, len(passes)))
         held -= states + 2 * width * passes[number].tokens * model.head_width
         if number:
-            held -= width * len(passes[number].queries) * hidden  # the states fed back
+            held -= width * micro.fed(number) * hidden  # the states fed back
         if number == last:
             # Gradients of the embeddings of all tokens. The other backward begins with those of the other final states,
             # and the labelled states' have gone into them.

@@ -73,15 +73,18 @@ def _micro(spec: PlanSpec, model: Sizes, machine: Machine) -> Micro:
     k, blocks = spec.latent_size, spec.latent_runs
     rows, first = spec.micro_batch_tokens // spec.row_tokens, int(spec.row_tokens * (1 - spec.labelled))
     apart = (spec.row_tokens - first) // blocks
-    runs = [(first + number * apart, k) for number in range(blocks)] if spec.recurrent else []
-    walked = walk("stage2" if spec.recurrent else "sft", k, blocks, spec.latent_passes)
-    plans = schedule([spec.row_tokens] * rows, [runs] * rows, walked.passes, spec.latent_passes)
+    runs, passes = [(first + number * apart, k) for number in range(blocks)], 1
+    if spec.recurrent:
+        passes = walk("stage2", k, blocks, spec.latent_passes).passes
+    # With the two tokens around each image.
+    hidden = range(min(first, spec.images * (spec.image_tokens + 2)) if spec.bottleneck else 0)
+    plans = schedule([spec.row_tokens] * rows, [runs] * rows, passes, spec.latent_passes, [hidden] * rows)
     # A latent's own place carries no label.
     alone = spec.stage == "sft" or (spec.stage == "rl" and spec.latent_policy == "text")
     labelled = spec.row_tokens - first - (0 if alone else k * blocks)
     return Micro(
         model,
-        passes=tuple(PassShape(tuple(one.query_lengths), tuple(one.key_lengths)) for one in plans),
+        passes=tuple(PassShape(tuple(one.query_lengths), tuple(one.key_lengths), len(one.fed)) for one in plans),
         labelled=rows * labelled,
         rows=rows,
         grounded=rows * k * blocks if spec.stage == "stage1" else None,

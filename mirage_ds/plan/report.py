@@ -41,7 +41,7 @@ def headline(asked: Question) -> str:
     runs = f" x {spec.latent_runs} latent blocks" if spec.latent_runs > 1 else ""
     trained = micro.encoder or model.text
     frozen = model.text + model.vision - (0 if micro.encoder else trained)
-    own = " --feed own" if spec.feed == "own" else ""
+    own = (" --feed own" if spec.feed == "own" else "") + (" --bottleneck" if spec.bottleneck else "")
     k += "" if spec.latent_passes is None else f" in {spec.latent_passes} passes together"
     return (
         f"{spec.model}: {trained / 1e9:.2f} B trained, {frozen / 1e9:.2f} B frozen; {spec.stage}{own}{k}{runs}; "

@@ -16,6 +16,7 @@ class PlanSpec(BaseModel, extra="forbid", frozen=True, protected_namespaces=(), 
     model: str = Field(description="Folder, config.json, public shape (qwen2.5-vl-3b, -7b, -32b, -72b) or its hub id.")
     stage: Stage = Field(description="As for a run.")
     feed: Feed = Field("targets", description="stage1: own makes latents in passes, as stage2.")
+    bottleneck: bool = Field(False, description="As for a run.")
     latent_size: PositiveInt = Field(4, description="k, latents a block.")
     latent_passes: NonNegativeInt | None = Field(None, description="As for a run: own latents made together.")
     latent_runs: PositiveInt = Field(1, description="Latent blocks of a row, at most.")
@@ -77,6 +78,10 @@ class PlanSpec(BaseModel, extra="forbid", frozen=True, protected_namespaces=(), 
         if self.latent_passes is not None and self.stage != "stage2" and self.feed != "own":
             given = f"--latent_passes {self.latent_passes} is for stage2 and --feed own"
             raise ValueError(f"{given}, this plan is of {self.stage}: leave it out")
+        if self.bottleneck and self.stage not in ("stage1", "stage2"):
+            raise ValueError(
+                f"--bottleneck is for --stage stage1 and stage2, this plan is of {self.stage}: leave it out"
+            )
         if self.row_tokens > self.micro_batch_tokens:
             raise ValueError(
                 f"--row_tokens {self.row_tokens} is above --micro_batch_tokens {self.micro_batch_tokens}: a row must "

@@ -147,6 +147,11 @@ def find_policy(config: RunConfig, trained: Mapping[str, Any], folder: Path) -> 
         raise UserError(
             f"{folder} was trained with --latent_passes: --stage rl makes latents in turn; train stage2 without it"
         )
+    if trained.get("bottleneck"):
+        raise UserError(
+            f"{folder} was trained with --bottleneck, and answers of --stage rl see the pictures: train it in stage2 "
+            "without the flag first"
+        )
     knows = stage not in (None, "sft")
     # A model whose answers were last trained as text may still have heads.
     usual: LatentPolicy = "text" if not knows else "gaussian" if "latent_heads" in trained else "through"

@@ -32,9 +32,9 @@ LONGEST_VALUE = 500
 DPI = 150
 # Settings by which TensorBoard compares runs; the text beside them has all.
 COMPARED = """
-    stage model load_model_path data_path latent_size slots compress_strategy latent_loss latent_passes detach_latents
-    train_vision lora_rank max_length max_pixels helper_max_pixels epochs max_steps global_batch_size reduction
-    ce_weight learning_rate lr_scheduler warmup_steps weight_decay seed
+    stage model load_model_path data_path latent_size slots compress_strategy latent_loss latent_passes bottleneck
+    detach_latents train_vision lora_rank max_length max_pixels helper_max_pixels epochs max_steps global_batch_size
+    reduction ce_weight learning_rate lr_scheduler warmup_steps weight_decay seed
 """.split()  # noqa: SIM905
 
 

@@ -62,6 +62,7 @@ def targets_state(run: Run, checked: Checked, data: Data) -> dict[str, Any]:
         return {"scaffold": from_rank_zero(made, run.world)}
     own: dict[str, Any] = {"feed": "own"} if config.feed == "own" else {}
     own |= {"latent_passes": config.latent_passes} if config.latent_passes is not None else {}
+    own |= {"bottleneck": True} if config.bottleneck else {}
     return own | ({"latent_targets": data.targets.digest} if data.targets else {})
 
 

@@ -70,7 +70,8 @@ class Evaluator:
         # Every latent block has the length of training, as `mirage-ds evaluate` has it; as many tokens at a time as in
         # training.
         k = config.latent_size
-        self.limits = Limits(config.eval_new_tokens, k, slots_fed(config.slots, k), config.micro_batch_tokens)
+        slots, hides = slots_fed(config.slots, k), config.bottleneck
+        self.limits = Limits(config.eval_new_tokens, k, slots, config.micro_batch_tokens, bottleneck=hides)
         if self.evaluation is None:
             return
         self.rows, planner = self.evaluation.loader.rows, self.evaluation.loader.planner

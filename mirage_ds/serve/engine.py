@@ -124,7 +124,7 @@ class Engine:
         self._samplers: dict[Sampling, Chooser] = {}
         self._asked, self._end, self._over = 0, float("inf"), False
         self._thread = Thread(target=self._run, name="decode", daemon=True)
-        self._loop = Loop(self.model, self.limits, self._read, record=True)
+        self._loop = self._new_loop()
         self.registry = CollectorRegistry()
         self._decoded = Counter("mirage_tokens", "Decoded tokens and latents.", registry=self.registry)
         self._prefilled = Counter("mirage_prefill_tokens", "Prompt tokens that were read.", registry=self.registry)
@@ -212,7 +212,10 @@ class Engine:
             self._say(job, why)
         self._rows, self._seeds = {}, {}
         self._known.clear()
-        self._loop = Loop(self.model, self.limits, self._read, record=True)
+        self._loop = self._new_loop()
+
+    def _new_loop(self) -> Loop:
+        return Loop(self.model, self.limits, self._read, record=True, off=lambda number: self.spec.latents == "off")
 
     def _turn(self) -> None:
         """Let answers begin, and decode one token of every row."""

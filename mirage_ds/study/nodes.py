@@ -225,6 +225,7 @@ def make_config(settings: Settings, where: str, here: Path) -> RunConfig:
     idle += ["detach_latents"] if values.get("latent_passes") == 0 else []
     if stage == "sft" and slots != "pause":
         idle.append("latent_size")
+    idle += ["bottleneck"] if stage not in ("stage1", "stage2") or slots == "auxiliary" else []
     if slots == "latents":
         # What it is without being said.
         idle.append("slots")
@@ -245,10 +246,11 @@ def _train_node(
         "settings": {
             key: value
             for key, value in sorted(whole.items())
-            # Adapters, columns, rl, feed and latent_passes came later: where there are none, a run is the one it was.
+            # Adapters, columns, rl, feed, latent_passes and bottleneck came later: where there are none, a run is the one
+            # it was.
             if key not in MACHINE and (value or not key.startswith(("lora_", "columns")))
             if config.stage == "rl" or key not in RL_ONLY
-            if (key, value) not in (("feed", "targets"), ("latent_passes", None))
+            if (key, value) not in (("feed", "targets"), ("latent_passes", None), ("bottleneck", False))
         },
         "rows_per_step": config.rows_per_step,
         "data": records_hash(config.records),

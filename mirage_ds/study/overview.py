@@ -40,7 +40,7 @@ from mirage_ds.study.store import Store
 TAIL_BYTES = 1 << 14
 # What the planner is told of a run's settings.
 PLANNED = {"model", "stage", "latent_size", "micro_batch_tokens", "gradient_checkpointing", "deepspeed"}
-PLANNED |= {"loss_chunk_mb", "feed", "latent_passes"}
+PLANNED |= {"loss_chunk_mb", "feed", "latent_passes", "bottleneck"}
 STATES = ("done", "running", "waiting", "failed", "blocked")
 
 

@@ -60,7 +60,10 @@ def scored_places(sample: Sample, tokens: LatentTokens) -> torch.Tensor:
 
 
 def without_blocks(row: Row, tokens: LatentTokens) -> Row:
-    """Leave a row's latent blocks out, start and end tokens too; what follows moves up, positions with it."""
+    """Leave a row's latent blocks out, start and end tokens too; what follows moves up, positions with it.
+
+    Where text behind latents does not see the images (Sample.hidden), what follows does not either.
+    """
     sample = row.sample
     latent = torch.isin(sample.input_ids, torch.tensor([tokens.pad, tokens.start, tokens.end]))
     # Blocks stand in the answer, where all is text: one place a token on all three axes.
@@ -69,7 +72,8 @@ def without_blocks(row: Row, tokens: LatentTokens) -> Row:
         input_ids=sample.input_ids[~latent],
         labels=sample.labels[~latent],
         position_ids=(sample.position_ids - before)[:, ~latent],
-        runs=(),
+        # One block without a latent, where the first one began.
+        runs=((sample.runs[0][0] - 1, 0),),
     )
     return row._replace(sample=shorter, scored=row.scored - before[row.scored])
 
@@ -155,7 +159,7 @@ def decode(
     Returns:
         The answers of each condition.
     """
-    prompts = bench.prompts([prompt_of(row.sample) for row in rows])._replace(answers=len(latents))
+    prompts = bench.prompts([prompt_of(row.sample) for row in rows])._replace(answers=len(latents), off=off)
     feed = Together(latents, off, bench.tokens)
     made = generate(bench.model, prompts, bench.tokens, bench.limits, feed.choose, latents=feed)
     return [made[number :: len(latents)] for number in range(len(latents))]

@@ -22,9 +22,10 @@ from torch.nn import functional
 from mirage_ds.analysis.bench import Bench
 from mirage_ds.analysis.inspect import measure
 from mirage_ds.data.encode import IMAGE_PAD, Encoder
+from mirage_ds.data.passes import schedule
 from mirage_ds.data.record import Record
 from mirage_ds.data.sample import Sample
-from mirage_ds.model.attention import Ends, varlen_attention
+from mirage_ds.model.attention import Ends, Packed
 from mirage_ds.model.choose import check_finite
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.generate import generate
@@ -48,12 +49,14 @@ class Thought:
         latents: one (k, H) tensor a block.
         images: (F, H) merged features of the row's input images, as they are fed.
         deep: what they add behind the first layers, in families that have that.
+        hidden: (h,) places that text behind the first block does not see (Sample.hidden), perhaps none.
     """
 
     def __init__(self, sample: Sample, inputs: torch.Tensor, latents: tuple[torch.Tensor, ...], seen: torch.Tensor):
         """Put it together; `seen` are the features (F, (1 + D) · H) of the images: what is fed and what is added."""
         self.ids, self.position_ids, self.runs = sample.input_ids, sample.position_ids, sample.runs
         self.inputs, self.latents = inputs, latents
+        self.hidden = torch.empty(0, dtype=torch.long) if sample.hidden is None else sample.hidden
         self.images = embedded(seen, inputs.shape[1])
         self.deep: Deep | None = place_images(inputs, seen, sample.image_positions.to(inputs.device))[1]
 
@@ -70,10 +73,15 @@ class Thought:
 
 
 class _Recording:
-    """Causal attention over one row that also keeps the probabilities of chosen queries: a layer's Context."""
+    """Attention over one row that also keeps the probabilities of chosen queries: a layer's Context.
 
-    def __init__(self, queries: torch.Tensor):
-        self.queries = queries
+    Args:
+        queries: (Q,) places of text behind a latent block; hidden: (h,) places that it does not see.
+        packed: the row as one pass.
+    """
+
+    def __init__(self, queries: torch.Tensor, hidden: torch.Tensor, packed: Packed):
+        self.queries, self.hidden, self.packed = queries, hidden, packed
         self.mean = torch.empty(0)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
@@ -82,15 +90,14 @@ class _Recording:
         # (Q, Hkv, Hq / Hkv, D): neighbouring query heads share a key head.
         chosen = q.index_select(0, self.queries).float().unflatten(1, (k.shape[1], -1))
         scores = torch.einsum("qgrd,tgd->grqt", chosen, k.float()) * scale
-        later = torch.arange(length, device=q.device) > self.queries[:, None]
-        self.mean = scores.masked_fill(later, float("-inf")).softmax(-1).mean((0, 1))
-        whole = torch.tensor([0, length], dtype=torch.int32, device=q.device)
-        return varlen_attention(q, k, v, Ends(whole, whole, length, length), scale=scale)
+        unseen = (torch.arange(length, device=q.device) > self.queries[:, None]).index_fill(1, self.hidden, True)
+        self.mean = scores.masked_fill(unseen, float("-inf")).softmax(-1).mean((0, 1))
+        return self.packed.attend(q, k, v, scale)
 
 
 @torch.no_grad()
 def attention(model: MirageModel, thought: Thought, queries: torch.Tensor) -> torch.Tensor:
-    """Run a row once more, in one causal pass: all its inputs are known now, the fed-back latents too.
+    """Run a row once more, in one pass: all its inputs are known now, the fed-back latents too.
 
     Args:
         queries: (Q,) places.
@@ -102,9 +109,13 @@ def attention(model: MirageModel, thought: Thought, queries: torch.Tensor) -> to
     x = thought.inputs[None]
     rotary = text.rotary_emb(x, thought.position_ids.to(device)[:, None])
     found = []
+    plan = schedule([len(thought.ids)], [thought.runs], 1, [thought.hidden.numpy()])[0]
+    keys, q, k = (torch.tensor(one, device=device) for one in (plan.keys, plan.query_lengths, plan.key_lengths))
+    cu_q, cu_k = (functional.pad(one.cumsum(0, dtype=torch.int32), (1, 0)) for one in (q, k))
+    ends = Ends(cu_q, cu_k, max(plan.query_lengths), max(plan.key_lengths))
     every = torch.arange(len(thought.inputs), device=device)
     for number, layer in enumerate(text.layers):
-        recording = _Recording(queries.to(device))
+        recording = _Recording(queries.to(device), thought.hidden.to(device), Packed([], [], keys, ends, "sdpa"))
         x = layer(x, position_embeddings=rotary, packed=recording)
         if thought.deep is not None:
             x = thought.deep.add(number, x[0], every)[None]
@@ -213,7 +224,7 @@ class Look:
         probabilities = attention(model, thought, queries)
         self.attention = probabilities[..., start : start + k]
         self.shares = _shares(encoder, thought, block, probabilities)
-        self.uniform = float((k / (queries + 1).float()).mean())
+        self.uniform = float((k / (queries + 1 - len(thought.hidden)).float()).mean())
         self.answer = [spell(encoder, token) for token in thought.ids[queries].tolist()]
 
 

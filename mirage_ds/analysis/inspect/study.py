@@ -209,7 +209,7 @@ def inspect_file(folder: Path, spec: InspectSpec, track: Track = iter) -> tuple[
     if k is None:
         file = decoder.folder / "config.json"
         raise UserError(f"{file} does not say how many latents it was trained with; give --latent_size")
-    limits = Limits(new_tokens=spec.max_new_tokens, fixed_run=k)
+    limits = Limits(new_tokens=spec.max_new_tokens, fixed_run=k, bottleneck=decoder.bottleneck)
     bench = Bench(decoder.loaded.model, decoder.tower, decoder.latent_encoder("stage2", k), limits)
     grounded = replace(bench, encoder=decoder.latent_encoder("stage1", k))
     followed = run_paths(grounded, with_latents, NAME, SEED, spec.batch_size, track) if forked else None

@@ -141,6 +141,31 @@ def test_attention_is_that_of_eager_transformers(world: World) -> None:
         assert not found[:, 0, 6:].any()
 
 
+def test_attention_to_hidden_images_is_none(world: World) -> None:
+    """By eager transformers with a 4-D mask; text between two blocks is as blind as that behind both."""
+    encoder = replace(world.encoder, bottleneck=True)
+    sample = encoder.encode(world.records[0], 0)
+    (thought,) = taught(replace(world.bench(), encoder=encoder), [sample])
+    length, (start, k) = len(sample.input_ids), sample.runs[0]
+    hidden, queries = torch.zeros(length, dtype=torch.bool), thought.answer(0)
+    hidden[sample.hidden] = True
+    assert [encoder.tokenizer.decode(sample.input_ids[at]) for at in sample.hidden[[0, 1, -1]]] == [
+        "<|vision_start|>", "<|image_pad|>", "<|vision_end|>",
+    ]  # fmt: skip
+    places = torch.arange(length)
+    blind = (places >= start + k) & ~torch.isin(places, thought.places)
+    mask = torch.ones(length, length, dtype=torch.bool).tril() & ~(blind[:, None] & hidden)
+    bias = torch.zeros(1, 1, length, length, dtype=torch.float64).masked_fill(~mask, torch.finfo(torch.float64).min)
+    slow = states(world, thought.inputs, thought.position_ids, output_attentions=True, attention_mask=bias).attentions
+    found = attention(world.loaded.model, thought, queries)
+    torch.testing.assert_close(
+        found.double(), torch.stack([layer[0].mean(0)[queries] for layer in slow]), rtol=0, atol=2e-6
+    )
+    assert not found[..., hidden].any()
+    free = states(world, thought.inputs, thought.position_ids, output_attentions=True).attentions[-1][0].mean(0)
+    assert (found[-1].double() - free[queries]).abs().max() > 1e-3
+
+
 def opening(world: World, sample: Sample) -> World:
     """Make the head open a run behind the prompt: its row for the start token lies along the prompt's last state."""
     last = states(world, start_inputs(world, sample), sample.position_ids).last_hidden_state[0, -1]

@@ -346,6 +346,9 @@ def test_features_of_a_trained_tower_are_not_kept(sentence: Callable[..., str]) 
             "--stage stage2 --latent_passes 0 --detach_latents",
             "--detach_latents is for --stage stage2: no state is fed back in --latent_passes 0",
         ),
+        ("--bottleneck --slots auxiliary", "--bottleneck: answers of --slots auxiliary see no latents; leave out one"),
+        ("--bottleneck --stage sft", "--bottleneck is for --stage stage1 and stage2, this run is sft: leave it out"),
+        ("--bottleneck --stage scaffold", "--bottleneck is for --stage stage1 and stage2, this run is scaffold"),
     ],
 )
 def test_learned_targets_and_own_states_are_refused_where_they_mean_nothing(

@@ -103,6 +103,7 @@ def check_against_slow(batch: Batch, packed: list[Sample], passes: int) -> None:
         assert one.cu_q.tolist() == [0, *np.cumsum(sizes)]
         assert one.cu_k.tolist() == [0, *np.cumsum(visible)]
         assert (one.max_q, one.max_k) == (max(sizes), max(visible))
+        # Fed back: the first token of each sample, in all passes but the first.
         assert one.fed.tolist() == ([0, *np.cumsum(sizes)[:-1]] if number else [])
         assert one.cu_q.dtype == one.cu_k.dtype == torch.int32
     assert len(batch.passes) == passes
@@ -155,6 +156,34 @@ def test_tokens_that_run_several_times_are_scored_in_their_last_pass(together: i
         assert sorted(token for _, token in scored) == wanted
         assert batch.targets.tolist() == [int(labels[token + 1]) for _, token in scored]
         assert batch.label_count.tolist() == [int((sample.labels != IGNORE).sum()) for sample in packed]
+
+
+@pytest.mark.parametrize("passes", [1, 7])
+def test_text_behind_latents_does_not_see_hidden_tokens(passes: int) -> None:
+    """Token by token; in which pass each runs, and what is fed back, is as without hidden ones."""
+    hidden = (torch.tensor([0, 1, 2]), None, torch.tensor([1, 2]))
+    samples = [one._replace(hidden=places) for one, places in zip(THREE, hidden, strict=True)]
+    batch, usual = (collate(rows, passes, dummy(2, 3)) for rows in (samples, THREE))
+    made, seen = torch.cat([one.tokens for one in batch.passes]).tolist(), {}
+    for one, other in zip(batch.passes, usual.passes, strict=True):
+        for name in ("tokens", "fed", "sources", "labelled"):
+            assert torch.equal(getattr(one, name), getattr(other, name))
+        ends = zip(one.cu_q.tolist(), one.cu_q.tolist()[1:], one.cu_k.tolist(), one.cu_k.tolist()[1:], strict=False)
+        sizes = []
+        for q, q_end, k, k_end in ends:
+            keys = [made[place] for place in one.keys[k:k_end].tolist()]
+            sizes.append((q_end - q, len(keys)))
+            # Causal, aligned at the end.
+            seen |= {int(t): keys[: len(keys) - (q_end - q) + 1 + at] for at, t in enumerate(one.tokens[q:q_end])}
+        assert (one.max_q, one.max_k) == tuple(map(max, zip(*sizes, strict=True)))
+    start = 0
+    for sample, places in zip(THREE, hidden, strict=True):
+        latents = {p + slot for p, k in sample.runs for slot in range(k)}
+        for at in range(len(sample.input_ids)):
+            blind = bool(sample.runs) and at > min(latents) and at not in latents and places is not None
+            wanted = [start + key for key in range(at + 1) if not (blind and key in places.tolist())]
+            assert seen[start + at] == wanted
+        start += len(sample.input_ids)
 
 
 def test_a_batch_of_one() -> None:

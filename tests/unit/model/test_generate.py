@@ -95,9 +95,14 @@ def both(folder: Path) -> tuple[Any, Loaded]:
 
 @torch.no_grad()
 def slowly(
-    world: World, sample: Sample, limits: Limits, choose: Callable, feed: Callable = lambda run, slot, own: own
+    world: World,
+    sample: Sample,
+    limits: Limits,
+    choose: Callable,
+    feed: Callable = lambda run, slot, own: own,
+    see: Callable[[list[int]], dict] = lambda ids: {},
 ) -> Generated:
-    """One row by the rules as they are written down; `feed` says what a slot of a run is fed."""
+    """One row by the rules as they are written down; `feed` says what a slot of a run is fed, `see` a pass's mask."""
     model, (pad, start, end, stops), out = world.plain, world.tokens, Generated([])
     embed = model.get_input_embeddings()
     x, positions = embed(sample.input_ids), sample.position_ids
@@ -112,6 +117,7 @@ def slowly(
             position_ids=positions[:, None],
             use_cache=False,
             **deep_inputs(model, sample, len(x)),
+            **see([*sample.input_ids.tolist(), *out.ids]),
         ).last_hidden_state[0]
         out.hidden.append(states[-1])
         token, fed = int(choose(model.lm_head(states[-1:]), step)), None

@@ -88,6 +88,9 @@ def test_a_batch_is_answered_as_by_evaluate(name: str, nano: Path, mixed: Path, 
         with pytest.raises(ValueError, match=next(iter(wrong))):
             model.generate(prompt, **inputs, **settings, **wrong)
     assert not model.get_input_embeddings()._forward_hooks
+    model.config.mirage["bottleneck"] = True
+    with pytest.raises(ValueError, match=r"--bottleneck, which is not known here; `mirage-ds generate`"):
+        model.generate(prompt, **inputs, **settings)
     model.config.mirage["slots"] = "pause"
     with pytest.raises(ValueError, match=r"slots 'pause', which are not known here; `mirage-ds generate`"):
         model.generate(prompt, **inputs, **settings)

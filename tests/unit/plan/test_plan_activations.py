@@ -70,7 +70,7 @@ def model_of(name: str, stage: str, dtype: torch.dtype, way: str) -> MirageModel
     model = whole(name, dtype)
     model.zero_grad(set_to_none=True)
     head = LossHead(model.lm_head.weight, CHUNK_BYTES)
-    how = Forward(stage == "stage1", "sample", "sdpa", way != "whole", split=way == "split")
+    how = Forward(stage.startswith("stage1"), "sample", "sdpa", way != "whole", split=way == "split")
     made = MirageModel(model.model.language_model, head, None, how)
     # As under ZeRO-3, where layers are gathered for each use.
     made.layers.resident = lambda: way != "released"
@@ -104,19 +104,24 @@ def batch_of(name: str, stage: str, k: int, dtype: torch.dtype) -> Batch:
     # DeepStack's features lie beside those of the embeddings.
     hidden = shape(name)["text_config"]["hidden_size"] * (1 + len(vision.get("deepstack_visual_indexes", ())))
     rows = LATE if k == 3 else WIDE if name == "mid" else ROWS
-    if stage == "stage1":
+    if stage.startswith("stage1"):
         rows = tuple(row for row in rows if row[1])
     made = [
-        sample(i, length, tuple((place, k) for place in places), hidden, dtype, FEATURES, stage == "stage1")
+        sample(i, length, tuple((place, k) for place in places), hidden, dtype, FEATURES, stage.startswith("stage1"))
         for i, (length, places) in enumerate(rows)
     ]
-    dummy = sample(-1, k + 2, ((1, k),), hidden, dtype, 0, stage == "stage1")
-    return collate(made, k * max(len(places) for _, places in rows) + 1 if stage == "stage2" else 1, dummy)
+    if stage.endswith("hidden"):
+        made = [one._replace(hidden=torch.arange(2 + FEATURES)) for one in made]
+    dummy = sample(-1, k + 2, ((1, k),), hidden, dtype, 0, stage.startswith("stage1"))
+    return collate(made, k * max(len(places) for _, places in rows) + 1 if stage.startswith("stage2") else 1, dummy)
 
 
 def micro_of(name: str, batch: Batch, stage: str, dtype: torch.dtype, way: str, **options: int) -> Micro:
-    passes = tuple(PassShape(tuple(one.cu_q.diff().tolist()), tuple(one.cu_k.diff().tolist())) for one in batch.passes)
-    grounded = len(batch.latents) if stage == "stage1" else None
+    passes = tuple(
+        PassShape(tuple(one.cu_q.diff().tolist()), tuple(one.cu_k.diff().tolist()), len(one.fed))
+        for one in batch.passes
+    )
+    grounded = len(batch.latents) if stage.startswith("stage1") else None
     return Micro(
         counted(name, options.get("vocabulary", VOCABULARY)), passes, len(batch.targets), len(batch.rows), grounded,
         dtype.itemsize, "sdpa", way != "whole", options.get("chunk_bytes", CHUNK_BYTES), "cpu",
@@ -158,7 +163,9 @@ class Live(TorchDispatchMode):
         self.now -= size
 
 
+# "hidden": text behind latents does not see the images.
 CASES = [("sft", 2), ("stage1", 2), ("stage1", 4), ("stage2", 2), ("stage2", 4), ("stage2", 3)]
+CASES += [("stage1 hidden", 2), ("stage2 hidden", 3)]
 # What an element's bytes and k = 4 change shows in the family of the presets.
 DTYPES = {
     "nano": (torch.float32, torch.bfloat16),
@@ -175,7 +182,7 @@ EVERY = [
     for case in CASES
     if case[1] < 4 or name in ("nano", "mid")
     for dtype in dtypes
-    for way in WAYS[: 4 if case[0] == "stage2" else 2]
+    for way in WAYS[: 4 if case[0].startswith("stage2") else 2]
 ]
 # Each two of model, stage with k, dtype and way meet.
 every_pair = pytest.mark.parametrize(

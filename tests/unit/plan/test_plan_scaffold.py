@@ -99,3 +99,21 @@ def test_latents_made_together_cost_their_own_passes() -> None:
             assert asked.micro.handed_on == wanted
     with pytest.raises(ValidationError, match="--latent_passes 2 is for stage2 and --feed own, this plan is of stage1"):
         PlanSpec(model="nano", stage="stage1", latent_passes=2)
+
+
+def test_hidden_images_cost_keys_and_no_pass() -> None:
+    asked, found = plan("stage1", bottleneck=True, images=1, image_tokens=200)
+    usual, other = plan("stage1", images=1, image_tokens=200)
+    (one,), (whole,) = asked.micro.passes, usual.micro.passes
+    rows, length = asked.micro.rows, whole.queries[0]
+    first = int(length * 0.8) + K
+    # A row's prompt with its latents, then its text, which sees all but 200 features and the two tokens around them.
+    assert one.queries == (first, length - first) * rows
+    assert one.keys == (first, length - 202) * rows
+    # Joined keys and values of a layer, and the smaller part of them beside.
+    assert found.held.backward["activations at the height"] > other.held.backward["activations at the height"]
+    deep, plain = plan("stage2", bottleneck=True)[0].micro, plan("stage2")[0].micro
+    assert [one.tokens for one in deep.passes] == [one.tokens for one in plain.passes]
+    assert [deep.fed(number) for number in range(1, K + 1)] == [plain.rows] * K
+    with pytest.raises(ValidationError, match="--bottleneck is for --stage stage1 and stage2, this plan is of rl"):
+        PlanSpec(model="nano", stage="rl", bottleneck=True)

@@ -83,6 +83,17 @@ def test_latents_made_together_are_another_run_and_idle_where_none_are_made(tmp_
     assert all("latent_passes" not in one.material["settings"] for one in turn)
 
 
+def test_hidden_images_are_idle_where_no_answer_reads_latents(tmp_path: Path, nano: Path) -> None:
+    asked = {"settings": {"bottleneck": True}}
+    arms = {"a": asked | {"chain": ["base", "scaffold", "own", "stage2"]}, "b": asked | {"chain": ["stage1"]}}
+    arms["b"]["settings"] = asked["settings"] | {"slots": "auxiliary"}
+    made, _ = study(tmp_path, nano, arms=arms)
+    found = [[made.nodes[key].config.bottleneck for key in cell.stages] for cell in made.cells]
+    assert found == [[False, False, True, True], [False]]
+    said = [made.nodes[key].material["settings"].get("bottleneck") for key in made.cells[0].stages]
+    assert said == [None, None, True, True]
+
+
 @pytest.mark.parametrize(
     "chain", [["scaffold"], ["base", "scaffold"], ["scaffold", "stage2"], ["scaffold", "sft", "stage1"]]
 )
