@@ -246,8 +246,7 @@ def _train_node(
         "settings": {
             key: value
             for key, value in sorted(whole.items())
-            # Adapters, columns, rl, feed, latent_passes and bottleneck came later: where there are none, a run is the one
-            # it was.
+            # What came later than studies did: where it is not asked for, a run is the one that it was.
             if key not in MACHINE and (value or not key.startswith(("lora_", "columns")))
             if config.stage == "rl" or key not in RL_ONLY
             if (key, value) not in (("feed", "targets"), ("latent_passes", None), ("bottleneck", False))
