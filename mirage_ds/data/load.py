@@ -72,6 +72,7 @@ def load_encoder(
     slots: Slots | None = None,
     compress: Compress = "average",
     bottleneck: bool = False,
+    latent_passes: int | None = None,
 ) -> Encoder:
     """Build the encoder from model folders (or hub ids), the first that has a part giving it.
 
@@ -79,7 +80,7 @@ def load_encoder(
         folders: e.g. the --load_model_path, then the --model: the public code saves no image processor, so a stage-1
             folder of its making takes the base model's.
         pixels, helper_pixels: (min, max) pixels of input and of helper images; None keeps the processor's own.
-        slots, compress, bottleneck: see Encoder.
+        slots, compress, bottleneck, latent_passes: see Encoder.
     """
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -99,7 +100,8 @@ def load_encoder(
 
     tokenizer = load_tokenizer(folders, cache_dir)
     images, helpers = processor(pixels, ""), processor(helper_pixels, "helper_")
-    return Encoder(tokenizer, images, helpers, finder, stage, latent_size, slots, compress, bottleneck)
+    made = (tokenizer, images, helpers, finder, stage, latent_size, slots, compress, latent_passes, bottleneck)
+    return Encoder(*made)
 
 
 def _processor_template(folder: Path) -> str | None:

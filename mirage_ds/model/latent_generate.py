@@ -93,9 +93,9 @@ def generate(*arguments: Any, model: Any, logits_processor: Any = None, **given:
     """
     trained = getattr(model.config, "mirage", None) or {}
     slots = "none" if "latent_tokens" not in trained else trained.get("slots") or "latents"
-    how = "" if slots == "latents" else f"slots {slots!r}, which are"
+    how = "--bottleneck, which is" if trained.get("bottleneck") else ""
     how = "latents made together, which are" if "latent_passes" in trained else how
-    how = "--bottleneck, which is" if trained.get("bottleneck") else how
+    how = how if slots == "latents" else f"slots {slots!r}, which are"
     if how:
         raise ValueError(f"{model.name_or_path} was trained with {how} not known here; `mirage-ds generate` decodes it")
     config = given.get("generation_config") or model.generation_config

@@ -128,8 +128,8 @@ def make_encoder(config: RunConfig, folders: list[Path]) -> Encoder:
         config.slots,
         config.compress_strategy,
         config.bottleneck,
+        config.latent_passes,
     )
-    encoder = replace(encoder, latent_passes=config.latent_passes)
     check_vocabulary(read_config(folders[0]), {t: encoder.id_of(t) for t in (*LATENT_TOKENS, IMAGE_PAD)})
     return encoder
 

@@ -451,7 +451,7 @@ def test_a_folder_keeps_inputs_and_passes_and_is_decoded_by_them(nano: Path, mix
         other.latent_encoder("stage2", 2)
     assert other.latent_encoder("stage2", K).latent_passes == 1
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
-    with pytest.raises(ValueError, match="trained with slots 'latents made together', which are not known here"):
+    with pytest.raises(ValueError, match="trained with latents made together, which are not known here"):
         model.generate(torch.tensor([[1, 2]]), max_new_tokens=2)
     change_rows(folder, tmp_path / "more", other.loaded.config.text_config.vocab_size + 8, 0)
     again = load_decoder(tmp_path / "more", ImageFinder.beside(mixed, None))
