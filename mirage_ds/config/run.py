@@ -21,7 +21,9 @@ Stage = Literal["sft", "scaffold", "stage1", "stage2", "rl"]
 # Those that read helper images; each row needs one.
 HELPED = ("scaffold", "stage1")
 FeatureCache = Literal["all", "targets", "off"]
-Compress = Literal["average", "grid", "random", "first"]
+Compress = Literal["average", "grid", "random", "first", "region"]
+# What region goes with.
+WITH_REGION = {"stage": ("stage1",), "feed": ("targets",), "slots": (None, "latents"), "eval_pictures": (0,)}
 # They act in data/encode.py, in decoding in model/slots.py.
 Slots = Literal["latents", "pause", "marks", "auxiliary"]
 LatentLoss = Literal["cosine", "l2"]
@@ -66,7 +68,8 @@ class _Settings(BaseModel):
     compress_strategy: Compress = Field(
         "average",
         description="How stage 1 compresses the helper's features to k targets: means of bands in raster order (the "
-        "paper's), of blocks of a grid, of groups drawn at random, or the first k features.",
+        "paper's), of blocks of a grid, of groups drawn at random, the first k features, or (region) all those of the "
+        "input image in a record's box.",
     )
     latent_loss: LatentLoss = Field("cosine", description="Of stage 1's latents: 1 − cosine, or mean squared distance.")
     latent_targets: Path | None = Field(None, description="stage1: targets by the encoder that scaffold saved here.")
@@ -256,6 +259,9 @@ class RunConfig(RlSettings, _Settings):
         if folder and self.compress_strategy != "average":
             pooled = f"--compress_strategy {self.compress_strategy} makes targets of features"
             raise ValueError(f"{pooled}, and --latent_targets has its own; leave out one")
+        for name, fits in WITH_REGION.items() if self.compress_strategy == "region" else ():
+            if (given := getattr(self, name)) not in fits:
+                raise ValueError(f"--{name} {given}: not with --compress_strategy region; leave out one of them")
         if self.feed == "own" and stage != "stage1":
             raise ValueError(f"--feed own is for --stage stage1, this run is {stage}: leave it out")
         if self.feed == "own" and self.slots == "auxiliary":
@@ -318,7 +324,8 @@ class RunConfig(RlSettings, _Settings):
         if self.trains_tower or self.feature_cache == "off":
             return ()
         # Those that a trained copy of the tower makes change from step to step.
-        helpers = ("image_output",) if self.stage in HELPED and not self.train_vision else ()
+        helped = self.stage in HELPED and self.compress_strategy != "region"
+        helpers = ("image_output",) if helped and not self.train_vision else ()
         return helpers if self.feature_cache == "targets" else ("image_input", *helpers)
 
     @property

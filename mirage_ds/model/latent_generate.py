@@ -93,6 +93,7 @@ def generate(*arguments: Any, model: Any, logits_processor: Any = None, **given:
     """
     trained = getattr(model.config, "mirage", None) or {}
     slots = "none" if "latent_tokens" not in trained else trained.get("slots") or "latents"
+    slots = "region" if trained.get("compress_strategy") == "region" else slots
     if slots != "latents":
         raise ValueError(
             f"{model.name_or_path} was trained with slots {slots!r}, which are not known here; `mirage-ds generate` "

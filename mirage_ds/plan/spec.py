@@ -16,7 +16,7 @@ class PlanSpec(BaseModel, extra="forbid", frozen=True, protected_namespaces=(), 
     model: str = Field(description="Folder, config.json, public shape (qwen2.5-vl-3b, -7b, -32b, -72b) or its hub id.")
     stage: Stage = Field(description="As for a run.")
     feed: Feed = Field("targets", description="stage1: own makes latents in passes, as stage2.")
-    latent_size: PositiveInt = Field(4, description="k, latents a block.")
+    latent_size: PositiveInt = Field(4, description="k, latents a block; of regions their mean.")
     latent_runs: PositiveInt = Field(1, description="Latent blocks of a row, at most.")
     deepspeed: Path | None = Field(None, description="Plan this JSON alone. [default: all that ship]")
     micro_batch_tokens: PositiveInt = Field(8192, description="Tokens packed into one micro-batch of one rank.")

@@ -46,6 +46,7 @@ from mirage_ds.run.records import (
     check_scores,
     index_records,
     keep,
+    longest_block,
     make_evaluation,
     make_loader,
     open_rewards,
@@ -181,7 +182,7 @@ def open_data(run: Run, checked: Checked) -> Data:
         index=indices[0],
         steps=run_steps(config, indices[0]),
         loader=loader,
-        evaluation=make_evaluation(others[0], indices[1], config.latent_size) if others else None,
+        evaluation=make_evaluation(others[0], indices[1]) if others else None,
         skipped=[(file, fault) for file, index in zip(files, indices, strict=True) for fault in index.skipped],
         tower=tower,
         targets=targets,
@@ -236,6 +237,7 @@ def open_model(run: Run, checked: Checked, data: Data) -> Loaded:
     if ds.zero_stage(checked.ds_values) == 2 and ds.offload_device(checked.ds_values, "optimizer") != "none":
         own, embedding = loaded.model.head.parameters(), loaded.model.language_model.embed_tokens.weight
         loaded.model.how.others = [p for p in own if p.requires_grad and p is not embedding]
+    loaded.model.how.region = config.compress_strategy == "region"
     loaded.model.how.split = config.recurrent and layers.defers_more_than_gradients(config.micro_batch_tokens)
     return loaded
 
@@ -334,7 +336,7 @@ def opening_lines(run: Run, data: Data, learner: Learner) -> Iterator[str]:
     yield (
         f"{config.stage}: {len(index.row_ids)} rows of {index.tokens.min()}–{index.tokens.max()} tokens (mean "
         f"{index.tokens.mean():.0f}), {config.rows_per_step} rows a step, {data.steps} steps, {world.size} rank(s) "
-        f"on {world.device.type}, attention {learner.engine.module.how.attention}, k {config.latent_size}"
+        f"on {world.device.type}, attention {learner.engine.module.how.attention}, k {longest_block(config, index)}"
     )
     if learner.checkpoint:
         yield from learner.checkpoint.passed_over

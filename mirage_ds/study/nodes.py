@@ -222,6 +222,8 @@ def make_config(settings: Settings, where: str, here: Path) -> RunConfig:
     idle += ["feed"] if stage != "stage1" else [] if values.get("feed") == "own" else ["detach_latents"]
     if stage == "sft" and slots != "pause":
         idle.append("latent_size")
+    if values.get("compress_strategy") == "region":
+        idle += ["latent_size", "helper_min_pixels", "helper_max_pixels"]
     if slots == "latents":
         # What it is without being said.
         idle.append("slots")
@@ -312,7 +314,8 @@ def _evaluations(spec: StudySpec, arm: str, last: Node, here: Path) -> Iterator[
             **_scorer(evaluation.task, f"evaluation {name}"),
         }
         yield f"{SCORES} {name}", Node("evaluate", name, last, config, evaluation, material)
-        if evaluation.controls and not is_text(last) and (config.slots or "latents") == "latents":
+        latents = (config.slots or "latents") == "latents" and config.compress_strategy != "region"
+        if evaluation.controls and not is_text(last) and latents:
             material = {
                 **{**material, "kind": "controls", "conditions": parse_names(evaluation.controls)},
                 "helper_pixels": [config.helper_min_pixels, config.helper_max_pixels],

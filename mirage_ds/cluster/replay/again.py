@@ -119,7 +119,7 @@ def take_again(run: Run, folder: Path, number: int) -> Again:
     for plan, batches in track(islice(steps, missing), "steps before", missing, quiet=not first):
         step(run, data, learner, plan, batches)
     plan, batches = next(steps)
-    counts, _ = step_counts(data.index, plan, run.config.latent_size)
+    counts, _ = step_counts(data.index, plan)
     loss, own = torch.zeros((), device=run.world.device), []
     for at, batch in enumerate(batches):
         learner.engine.set_gradient_accumulation_boundary(at == plan.micro_steps - 1)
