@@ -222,7 +222,7 @@ def make_config(settings: Settings, where: str, here: Path) -> RunConfig:
     idle += ["feed"] if stage != "stage1" else [] if values.get("feed") == "own" else ["detach_latents"]
     if stage == "sft" and slots != "pause":
         idle.append("latent_size")
-    if values.get("compress_strategy") == "region":
+    if (stage, values.get("compress_strategy")) == ("stage1", "region"):
         idle += ["latent_size", "helper_min_pixels", "helper_max_pixels"]
     if slots == "latents":
         # What it is without being said.

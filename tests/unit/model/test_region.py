@@ -30,6 +30,7 @@ from test_forward import (  # noqa: F401  # sharp is a fixture
 )
 from torch.nn import functional
 
+from mirage_ds.api import load
 from mirage_ds.config.run import RunConfig
 from mirage_ds.data.batch import collate
 from mirage_ds.data.encode import LATENT_END, LATENT_PAD, LATENT_START, Encoder
@@ -344,6 +345,20 @@ def test_controls_that_need_a_helper_are_refused(sharp: Path, boxed: Path, tmp_p
     need_latents(decoder)
     with pytest.raises(UserError, match="--compress_strategy region: its blocks differ in length and have no helper"):
         need_latents(decoder, regions=False)
+
+
+def test_the_library_has_the_same_loss(sharp: Path, boxed: Path) -> None:  # noqa: F811
+    encoder = encoder_of(sharp, boxed)
+    samples = encoded(encoder, boxed)
+    _, rows = slow_rows(sharp, boxed, encoder, samples)
+    far = [1 - functional.cosine_similarity(before, target, dim=-1) for _, _, before, target in rows]
+    wanted = sum(0.1 * ce.mean() + own.mean() for (_, ce, _, _), own in zip(rows, far, strict=True)) / len(rows)
+    model = load(sharp)
+    found = model.loss(model.batch([*model.rows(boxed, "stage1", compress_strategy="region")]))
+    assert abs(found.loss - wanted) <= 1e-5
+    # What comes next is no region.
+    assert model.loss(model.batch([*model.rows(boxed, "sft")])).sim == 0
+    assert not model.model.how.region
 
 
 # --------------------------------------------------------------------------------------------------- settings
