@@ -326,7 +326,8 @@ def other_latents(config: RunConfig, base: Base) -> Iterator[str]:
     """Warn where the model was trained with blocks of another length."""
     trained = base.config.get(TRAINED_KEY) or base.config
     k = trained.get("latent_size")
-    if "sft" not in (config.stage, trained.get("stage")) and k not in (None, config.latent_size):
+    kinds = {config.stage, config.compress_strategy, trained.get("stage"), trained.get("compress_strategy")}
+    if not {"sft", "region"} & kinds and k not in (None, config.latent_size):
         yield f"warning: the model was trained with --latent_size {k}, this run has {config.latent_size}"
 
 
