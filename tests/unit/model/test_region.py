@@ -18,13 +18,14 @@ from pydantic import ValidationError
 from support.pictures import noise
 from support.records import write_jsonl
 from test_arms import folder_trained_with
-from test_forward import (  # noqa: F401  # sharp is a fixture
+from test_forward import (  # noqa: F401  # sharp and other are fixtures
     CPU,
     Plain,
     Task,
     assert_same_gradients,
     counts_of,
     gradients,
+    other,
     sharp,
     untie,
 )
@@ -125,16 +126,11 @@ def slow_rows(folder: Path, data: Path, encoder: Encoder, samples: list[Sample])
 # ------------------------------------------------------------------------------------------- loss and gradients
 
 
-@pytest.mark.parametrize(("latent_loss", "reduction"), [("l2", "sample"), ("cosine", "sample"), ("l2", "token")])
-def test_packed_rows_equal_teacher_forced_full_passes(
-    sharp: Path,  # noqa: F811
-    boxed: Path,
-    latent_loss: str,
-    reduction: str,
-) -> None:
-    encoder = encoder_of(sharp, boxed)
-    samples = encoded(encoder, boxed)
-    plain, rows = slow_rows(sharp, boxed, encoder, samples)
+def compare(folder: Path, data: Path, latent_loss: str, reduction: str) -> None:
+    """Loss, every hidden state and every gradient, packed against row by row."""
+    encoder = encoder_of(folder, data)
+    samples = encoded(encoder, data)
+    plain, rows = slow_rows(folder, data, encoder, samples)
     lengths = [len(target) for _, _, _, target in rows]
     assert lengths == [one.runs[0][1] for one in samples]
     assert len(set(lengths)) == len(rows)
@@ -152,7 +148,7 @@ def test_packed_rows_equal_teacher_forced_full_passes(
         wanted = 0.3 * torch.cat(ces).mean() + torch.cat(fars).mean()
     wanted.backward()
     loaded = load_model(
-        sharp, stage="stage1", dtype=torch.float32, device=CPU, checkpointing=False, latent_loss=latent_loss,
+        folder, stage="stage1", dtype=torch.float32, device=CPU, checkpointing=False, latent_loss=latent_loss,
         reduction=reduction,
     )  # fmt: skip
     loaded.model.how.region = True
@@ -165,6 +161,21 @@ def test_packed_rows_equal_teacher_forced_full_passes(
     loss.backward()
     assert abs(loss - wanted) <= 1e-5 * max(1.0, float(wanted))
     assert_same_gradients(gradients(loaded.model), plain.gradients())
+
+
+@pytest.mark.parametrize(("latent_loss", "reduction"), [("l2", "sample"), ("cosine", "sample"), ("l2", "token")])
+def test_packed_rows_equal_teacher_forced_full_passes(
+    sharp: Path,  # noqa: F811
+    boxed: Path,
+    latent_loss: str,
+    reduction: str,
+) -> None:
+    compare(sharp, boxed, latent_loss, reduction)
+
+
+@pytest.mark.parametrize("other", ["nano-qwen3-vl"], indirect=True)
+def test_of_deepstack_features_the_first_numbers_are_imitated(other: Path, boxed: Path) -> None:  # noqa: F811
+    compare(other, boxed, "l2", "sample")
 
 
 @pytest.mark.parametrize("train_targets", [False, True])
@@ -205,8 +216,8 @@ def test_counts_of_a_row_are_those_of_its_sample(sharp: Path, boxed: Path) -> No
         assert measure.helpers == ()
     # In any other stage a region is no place for latents.
     for stage in ("sft", "stage2"):
-        other = load_encoder([str(sharp)], ImageFinder.beside(boxed, None), stage, 4)
-        assert [other.measure(one).latents for one in scan(boxed)[0][:2]] == [0 if stage == "sft" else 4, 0]
+        plain = load_encoder([str(sharp)], ImageFinder.beside(boxed, None), stage, 4)
+        assert [plain.measure(one).latents for one in scan(boxed)[0][:2]] == [0 if stage == "sft" else 4, 0]
 
 
 # ------------------------------------------------------------------------------------------------------ cells
@@ -393,12 +404,12 @@ def test_no_helper_is_kept(tmp_path: Path) -> None:
     assert RunConfig(**fixed).kept_fields == ("image_input", "image_output")
 
 
-@pytest.mark.parametrize("other", [{}, {"messages": []}])
-def test_its_column_may_have_another_name(other: dict[str, Any]) -> None:
+@pytest.mark.parametrize("more", [{}, {"messages": []}])
+def test_its_column_may_have_another_name(more: dict[str, Any]) -> None:
     from mirage_ds.config.columns import parse_columns
 
     columns = parse_columns("question=q,answer=a,image=i,region=bbox")
-    row = {"q": "?", "a": "!", "i": "a.png", "bbox": [1, 2, 3, 4]} | other
+    row = {"q": "?", "a": "!", "i": "a.png", "bbox": [1, 2, 3, 4]} | more
     assert make_record(row, 1, columns=columns).extra["region"] == [1, 2, 3, 4]
     own = {"text_input": "?", "text_output": "!", "image_input": "a.png", "bbox": [1, 2, 3, 4]}
     assert make_record(json.dumps(own), 1, columns=parse_columns("region=bbox")).extra["region"] == [1, 2, 3, 4]
