@@ -245,6 +245,15 @@ def test_cells_are_those_that_share_area_with_the_region() -> None:
         assert count_of(cells) == len(slow) >= 1
 
 
+def test_a_region_that_ends_where_a_cell_does_takes_no_further_one() -> None:
+    for side in range(1, 60):
+        for columns in range(2, 9):
+            sizes, sides = [(90, side * columns)], [(1, columns)]
+            for left in range(columns - 1):
+                region = [left * side, 0, (left + 1) * side, 90]
+                assert cells_of(record_of(region=region), sizes, sides) == (left, 0, left + 1, 1)
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [
