@@ -198,7 +198,7 @@ def run_limits(decoder: Decoder, new_tokens: int, longest_run: int, run_length: 
         known = decoder.trained
         compress, k = known.get("compress_strategy", "average"), known.get("latent_size")
         fixed = slots_fed(known.get("slots"), k, compress)
-        longest_run = k if compress == "region" else longest_run
+        longest_run = int(known["latent_size"]) if compress == "region" else longest_run
     elif run_length == "model":
         fixed = None
     elif run_length.isdecimal():
