@@ -33,7 +33,7 @@ def boxed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = []
     for number, (across, down) in enumerate(((1, 1), (2, 1), (1, 3), (2, 2), (3, 2), (3, 3))):
         noise((84, 84), 60 + number, number).save(folder / f"a{number}.png")
-        row = {"text_input": f"Where{' to' * number}?", "text_output": "Left.", "image_input": f"a{number}.png"}
+        row = {"text_input": f"Where{' to' * number}?", "text_output": r"\boxed{L}", "image_input": f"a{number}.png"}
         rows.append(row | {"region": [0, 0, 28 * across, 28 * down]})
     return write_jsonl(folder / "boxed.jsonl", rows)
 
