@@ -304,7 +304,7 @@ class Mirage:
         """
         # Only rows of stage 1 come with targets.
         grounded = len(batch.pool_size) > 0
-        self.model.how.grounded = grounded
+        self.model.how.grounded, self.model.how.region = grounded, grounded and not len(batch.helper_grid_thw)
         sums = self.model(batch)
         counted = batch.weight > 0
         counts = StepCounts(int(counted.sum()), int(batch.label_count[counted].sum()), int(batch.latent_count.sum()))

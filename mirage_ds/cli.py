@@ -17,7 +17,7 @@ from mirage_ds.cluster.status.command import status
 from mirage_ds.cluster.train import train
 from mirage_ds.config.columns import COLUMNS_HELP, parse_columns
 from mirage_ds.config.flags import CONTEXT, Group, RunCommand, run_config, run_options
-from mirage_ds.config.run import Stage
+from mirage_ds.config.run import Compress, Stage
 from mirage_ds.curate.command import import_, mix, rationalize, vary
 from mirage_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped, UserError, closest
 from mirage_ds.evaluate.command import evaluate, generate
@@ -72,6 +72,8 @@ data.add_command(rationalize)
 @_image_root
 @click.option("--model", "model_folder", type=_PATH, help="Model folder whose tokenizer and limits are applied.")
 @click.option("--latent_size", default=4, show_default=True, help="k: a helper needs at least k merged tokens.")
+@click.option("--compress_strategy", default="average", show_default=True, type=click.Choice(get_args(Compress)),
+              help="As of a run: region checks the records' regions in place of helpers.")  # fmt: skip
 @click.option("--confine_paths", is_flag=True, help="Images outside FILE's folder and --image_root are faults.")
 @_columns
 @click.option("--most", default=50, show_default=True, help="Kinds of faults to list; others are counted.")
@@ -87,10 +89,16 @@ def data_check(file: Path, most: int, columns: str | None, **options: Any) -> No
     for line in told(file, names):
         print(line)
     answers: Counter[str] = Counter()
-    count, faults = check_file(file, columns=names, see=lambda record: answers.update([scored(record)]), **options)
+
+    def see(record: Any) -> None:
+        answers.update([scored(record), "region" if record.extra.get("region") else "none"])
+
+    count, faults = check_file(file, columns=names, see=see, **options)
     print_faults(file, count, faults, most)
     for line in unread_lines(file):
         print(line)
+    if answers["region"]:
+        print(f"{answers['region']} of {count} records have a region (stage1 --compress_strategy region)")
     if faults:
         sys.exit(EXIT_USER_ERROR)
     if answers["nothing"] and not answers["task"]:

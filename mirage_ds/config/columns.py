@@ -9,9 +9,11 @@ from mirage_ds.errors import UserError, closest, shown
 
 Layout = Literal["swift", "llama-factory", "trl"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+# Roles that one column has.
+SINGLE = ("question", "answer", "messages", "region")
 COLUMNS_HELP = (
-    "Names of the records' own columns: question=…,answer=…,image=…,helper=… (or messages=…); image and helper may be "
-    "given several times. [default: obvious names are recognised]"
+    "Names of the records' own columns: question=…,answer=…,image=…,helper=…,region=… (or messages=…); image and "
+    "helper may be given several times. [default: obvious names are recognised]"
 )
 
 
@@ -21,6 +23,7 @@ class Columns(NamedTuple):
     Attributes:
         messages: the conversation, in place of question and answer.
         layout: the trainer whose layout the rows have, where it is named.
+        region: a box of the first input image (data/region.py).
     """
 
     question: str = ""
@@ -29,11 +32,12 @@ class Columns(NamedTuple):
     helper: tuple[str, ...] = ()
     messages: str = ""
     layout: Layout | None = None
+    region: str = ""
 
     @property
     def named(self) -> list[tuple[str, str]]:
         """(role, column) of all that are named."""
-        one = [(role, getattr(self, role)) for role in ("question", "answer", "messages") if getattr(self, role)]
+        one = [(role, getattr(self, role)) for role in SINGLE if getattr(self, role)]
         return one + [(role, name) for role in ("image", "helper") for name in getattr(self, role)]
 
 
@@ -47,7 +51,7 @@ def parse_columns(text: str | None, layout: Layout | None = None) -> Columns:
     Raises:
         UserError: an unknown role, one without a name, or a conversation beside a question.
     """
-    roles: dict[str, list[str]] = {role: [] for role in Columns._fields[:5]}
+    roles: dict[str, list[str]] = {role: [] for role in (*SINGLE, "image", "helper")}
     # A name may have commas.
     for part in re.split(r",(?=\s*\w+\s*=)", text) if text else ():
         role, _, name = (one.strip() for one in part.partition("="))
@@ -57,13 +61,13 @@ def parse_columns(text: str | None, layout: Layout | None = None) -> Columns:
         if not name:
             raise UserError(f"--columns {text}: {role} has no column; write {role}=NAME")
         roles[role].append(name)
-    for role in ("question", "answer", "messages"):
+    for role in SINGLE:
         if len(roles[role]) > 1:
             raise UserError(f"--columns {text}: {role} is one column, and {len(roles[role])} are named; name one")
-    question, answer, messages = ("".join(roles[role]) for role in ("question", "answer", "messages"))
+    question, answer, messages, region = ("".join(roles[role]) for role in SINGLE)
     if messages and (question or answer):
         raise UserError(f"--columns {text}: messages hold question and answer; leave these out")
-    return Columns(question, answer, tuple(roles["image"]), tuple(roles["helper"]), messages, layout)
+    return Columns(question, answer, tuple(roles["image"]), tuple(roles["helper"]), messages, layout, region)
 
 
 def _checked(text: str | None) -> str | None:

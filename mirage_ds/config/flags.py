@@ -1,4 +1,4 @@
-"""Command-line flags made from pydantic models, so that a setting is written down once.
+"""Settings from command-line flags, made from pydantic models so that each is written down once, and from a YAML file.
 
 Precedence: flags over YAML over defaults. An unknown key is an error in all three. `-` and `_` are alike in option
 names and in choices (click's ``token_normalize_func``).
@@ -15,8 +15,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from mirage_ds.config.names import hint, ours
-from mirage_ds.config.run import RunConfig, read_yaml
-from mirage_ds.errors import UserError, shown
+from mirage_ds.config.run import RunConfig
+from mirage_ds.errors import UserError, reason, shown
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -198,3 +198,36 @@ def run_config(yaml_file: Path | None, flags: Mapping[str, Any], **beforehand: A
     """Make a run's settings of what run_options gave; `beforehand` are defaults that stand in for missing ones."""
     values = beforehand | (read_yaml(yaml_file) if yaml_file else {})
     return build_model(RunConfig, flags, values, source=str(yaml_file))
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader silently takes the last of two equal keys; here they are an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    said = f"key {shown(key.value)} stands there twice"
+                    raise yaml.constructor.ConstructorError(None, None, said, key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file of settings; UserError when it is missing, broken or not a mapping."""
+    try:
+        if not path.is_file():
+            raise UserError(f"{path}: no such file of settings")
+        # _Loader is a SafeLoader.
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{where}: not valid YAML ({getattr(error, 'problem', error)})") from None
+    # PyYAML raises all kinds at a scalar that is not what it looks like: `2001-99-99`, `!!int x`.
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, OverflowError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({reason(error)}); write `key: value` lines") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
+    return values

@@ -19,9 +19,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from mirage_ds.config.flags import build_model
+from mirage_ds.config.flags import build_model, read_yaml
 from mirage_ds.config.names import by_theirs, ours, tables
-from mirage_ds.config.run import RunConfig, Stage, read_yaml
+from mirage_ds.config.run import RunConfig, Stage
 from mirage_ds.errors import UserError, reason, shown
 
 Trainer = Literal["LLaMA-Factory", "ms-swift"]

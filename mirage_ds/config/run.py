@@ -9,19 +9,20 @@ import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from mirage_ds.config.columns import COLUMNS_HELP, ColumnsText
 from mirage_ds.config.mixture import Records, records_of
 from mirage_ds.config.rl import RL_ONLY, RlSettings
-from mirage_ds.errors import UserError, is_text, reason, shown
+from mirage_ds.errors import is_text
 
 Stage = Literal["sft", "scaffold", "stage1", "stage2", "rl"]
 # Those that read helper images; each row needs one.
 HELPED = ("scaffold", "stage1")
 FeatureCache = Literal["all", "targets", "off"]
-Compress = Literal["average", "grid", "random", "first"]
+Compress = Literal["average", "grid", "random", "first", "region"]
+# What region goes with.
+WITH_REGION = {"stage": ("stage1",), "feed": ("targets",), "slots": (None, "latents"), "eval_pictures": (0,)}
 # They act in data/encode.py, in decoding in model/slots.py.
 Slots = Literal["latents", "pause", "marks", "auxiliary"]
 LatentLoss = Literal["cosine", "l2"]
@@ -67,7 +68,8 @@ class _Settings(BaseModel):
     compress_strategy: Compress = Field(
         "average",
         description="How stage 1 compresses the helper's features to k targets: means of bands in raster order (the "
-        "paper's), of blocks of a grid, of groups drawn at random, or the first k features.",
+        "paper's), of blocks of a grid, of groups drawn at random, the first k features, or (region) all those of the "
+        "input image in a record's box.",
     )
     latent_loss: LatentLoss = Field("cosine", description="Of stage 1's latents: 1 − cosine, or mean squared distance.")
     latent_targets: Path | None = Field(None, description="stage1: targets by the encoder that scaffold saved here.")
@@ -260,6 +262,9 @@ class RunConfig(RlSettings, _Settings):
         if folder and self.compress_strategy != "average":
             pooled = f"--compress_strategy {self.compress_strategy} makes targets of features"
             raise ValueError(f"{pooled}, and --latent_targets has its own; leave out one")
+        for name, fits in WITH_REGION.items() if self.compress_strategy == "region" else ():
+            if (given := getattr(self, name)) not in fits:
+                raise ValueError(f"--{name} {given}: not with --compress_strategy region; leave out one of them")
         if self.feed == "own" and stage != "stage1":
             raise ValueError(f"--feed own is for --stage stage1, this run is {stage}: leave it out")
         if self.feed == "own" and self.slots == "auxiliary":
@@ -330,7 +335,8 @@ class RunConfig(RlSettings, _Settings):
         if self.trains_tower or self.feature_cache == "off":
             return ()
         # Those that a trained copy of the tower makes change from step to step.
-        helpers = ("image_output",) if self.stage in HELPED and not self.train_vision else ()
+        helped = self.stage in HELPED and self.compress_strategy != "region"
+        helpers = ("image_output",) if helped and not self.train_vision else ()
         return helpers if self.feature_cache == "targets" else ("image_input", *helpers)
 
     @property
@@ -369,36 +375,3 @@ class RunConfig(RlSettings, _Settings):
         if self.ce_weight is not None:
             return self.ce_weight
         return PAPER_GAMMA if self.stage == "stage1" else 1.0
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader silently takes the last of two equal keys; here they are an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    said = f"key {shown(key.value)} stands there twice"
-                    raise yaml.constructor.ConstructorError(None, None, said, key.start_mark)
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file of settings; UserError when it is missing, broken or not a mapping."""
-    try:
-        if not path.is_file():
-            raise UserError(f"{path}: no such file of settings")
-        # _Loader is a SafeLoader.
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{where}: not valid YAML ({getattr(error, 'problem', error)})") from None
-    # PyYAML raises all kinds at a scalar that is not what it looks like: `2001-99-99`, `!!int x`.
-    except (OSError, ValueError, TypeError, AttributeError, LookupError, OverflowError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({reason(error)}); write `key: value` lines") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
-    return values

@@ -6,12 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from mirage_ds.config.columns import RECOGNISED, Columns
-from mirage_ds.config.run import HELPED, Stage
+from mirage_ds.config.run import HELPED, Compress, Stage
 from mirage_ds.data.folders import find_files
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.inside import folder_of_pictures
 from mirage_ds.data.record import NO_LATENTS, Fault, Record, RecordError, name_file
 from mirage_ds.data.record_files import read_piece
+from mirage_ds.data.region import cells_of
 from mirage_ds.data.sources import no_record, pieces
 from mirage_ds.errors import UserError
 from mirage_ds.tasks import named_task
@@ -39,16 +40,21 @@ def _noted(faults: list[Fault]) -> Iterator[None]:
 
 
 def _faults(
-    record: Record, finder: ImageFinder, stage: Stage, measure: Callable[[Record], object] | None
+    record: Record, finder: ImageFinder, stage: Stage, regions: bool, measure: Callable[[Record], object] | None
 ) -> list[Fault]:
     faults: list[Fault] = []
-    if stage in HELPED:
+    helped = stage in HELPED and not regions
+    if helped:
         with _noted(faults):
             record.need_helper(stage)
-    for name, path in record.images(helpers=stage in HELPED):
+    for name, path in record.images(helpers=helped):
         with _noted(faults):
             finder.size(record, name, path)
             finder.load(record, name, path)
+    if regions and not faults:
+        with _noted(faults):
+            sizes = [finder.size(record, "image_input", path) for path in record.image_input]
+            cells_of(record, sizes, [(1, 1)] * len(sizes))
     if measure and not faults:
         with _noted(faults):
             measure(record)
@@ -64,12 +70,14 @@ def check_file(
     confine_paths: bool = False,
     columns: Columns = RECOGNISED,
     see: Callable[[Record], object] = lambda record: None,
+    compress_strategy: Compress = "average",
 ) -> tuple[int, list[Fault]]:
     """Check every record: its form, its images, and with a model folder its encoding for a stage.
 
     Args:
         data_path: a file, a folder of files, or a glob pattern.
         see: is shown each record that has the format.
+        compress_strategy: as of a run; region looks for regions in place of helpers.
 
     Returns:
         The number of records, and the faults in the order of the records.
@@ -85,8 +93,8 @@ def check_file(
 
         if not model_folder.is_dir():
             raise UserError(f"--model {model_folder}: no such folder")
-        encoder = load_encoder([str(model_folder)], finder, stage, latent_size)
-    count, latents = 0, False
+        encoder = load_encoder([str(model_folder)], finder, stage, latent_size, compress=compress_strategy)
+    count, latents, regions = 0, False, stage == "stage1" and compress_strategy == "region"
     faults: list[Fault] = []
     for piece in track(list(pieces(files)), "checking"):
         own = finder.of(files[piece.file], pictures)
@@ -98,7 +106,7 @@ def check_file(
             else:
                 see(record)
                 latents |= record.runs > 0
-                found = _faults(record, own, stage, measure)
+                found = _faults(record, own, stage, regions, measure)
             faults += [name_file(fault, files, piece.file) for fault in found]
     if not count:
         raise no_record(data_path)

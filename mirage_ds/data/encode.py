@@ -6,6 +6,9 @@ The row is the chat template's text: the user turn with its image slots, then th
 by `<|latent_start|>` + k × `<|latent_pad|>` + `<|latent_end|>`. Every token after `<|im_start|>assistant` is a label
 but `<|latent_pad|>` (arXiv 2506.17218, section 3).
 
+`--compress_strategy region`: a row has as many pads as its region has cells, and pads are labels too, or nothing would
+teach the model when a block ends (LVR's public code leaves them out, and feeds a fixed number in its evaluation).
+
 `--slots pause`: k pads are placed, and no latent block is noted (`Encoder.fill`): they are ordinary embeddings without
 labels. Decoding feeds the same embedding (model/slots.py, pause).
 
@@ -31,9 +34,10 @@ import torch
 from mirage_ds.config.run import HELPED, Compress, Slots, Stage
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.literals import Literals
-from mirage_ds.data.messages import TURNS_BEFORE
+from mirage_ds.data.messages import REGION, TURNS_BEFORE
 from mirage_ds.data.pooling import pool_groups
 from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, Record
+from mirage_ds.data.region import Cells, cells_of, count_of, groups_of
 from mirage_ds.data.sample import IGNORE, Grid, Layout, Measure, Sample, mrope_positions, picture_places
 from mirage_ds.errors import UserError
 
@@ -108,6 +112,16 @@ class Encoder:
         return self.stage == "stage1"
 
     @property
+    def regions(self) -> bool:
+        """Whether latents imitate a region of the input image."""
+        return self.stage == "stage1" and self.compress == "region"
+
+    @property
+    def helped(self) -> bool:
+        """Whether helper images are read."""
+        return self.stage in HELPED and not self.regions
+
+    @property
     def auxiliary(self) -> bool:
         """Whether the answer does not attend to the latents."""
         return self.slots == "auxiliary"
@@ -149,11 +163,11 @@ class Encoder:
         turns.append({"role": "user", "content": [*first, *_items(record.text_input)]})
         return str(self.tokenizer.apply_chat_template(turns, tokenize=False)) + ASSISTANT
 
-    def _text(self, record: Record) -> str:
-        """Write the whole row."""
-        pads = LATENT_PAD * (0 if self.slots == "marks" else self.latent_size)
-        latents = "" if self._bare else LATENT_START + pads + LATENT_END
-        first = HELPER_MARK if record.image_output and HELPER_MARK not in record.text_output else ""
+    def _text(self, record: Record, pads: int) -> str:
+        """Write the whole row, with so many pads a latent block."""
+        latents = "" if self._bare else LATENT_START + LATENT_PAD * pads + LATENT_END
+        given = record.image_output or (self.compress == "region" and record.extra.get(REGION))
+        first = HELPER_MARK if given and HELPER_MARK not in record.text_output else ""
         answer = (first + record.text_output).replace(HELPER_MARK, latents)
         return f"{self._prompt(record)}\n{answer}<|im_end|>\n"
 
@@ -190,10 +204,13 @@ class Encoder:
         """
         prompt = prompt or self.stage == "rl"
         record, veils = self._veil(record)
-        text = self._prompt(record) if prompt else self._text(record)
-        grids = [self._grid(self.images, *self.finder.size(record, "image_input", path)) for path in record.image_input]
+        sizes = [self.finder.size(record, "image_input", path) for path in record.image_input]
+        grids = [self._grid(self.images, *size) for size in sizes]
         helper_grids: list[Grid] = []
-        if self.stage in HELPED and not prompt:
+        region: Cells | None = None
+        if self.regions and not prompt:
+            region = cells_of(record, sizes, [self.sides(grid) for grid in grids])
+        if self.helped and not prompt:
             record.need_helper(self.stage)
             for path in record.image_output:
                 grid = self._grid(self.helpers, *self.finder.size(record, "image_output", path))
@@ -203,6 +220,8 @@ class Encoder:
                     how = "raise --helper_min_pixels, or choose another --latent_size or --compress_strategy"
                     raise record.fault("image_output", f"helper {path} {error}", how) from None
                 helper_grids.append(grid)
+        pads = count_of(region) if region else 0 if self.slots == "marks" else self.latent_size
+        text = self._prompt(record) if prompt else self._text(record, pads)
         first, *pieces = text.split(IMAGE_PAD)
         slots = [IMAGE_PAD * self._merged(grid) for grid in grids]
         ids = self.literals.tokenize(first + "".join(map("".join, zip(slots, pieces, strict=True))), veils)
@@ -211,14 +230,16 @@ class Encoder:
         turn = len(ids) - 1 - ids[::-1].index(head[0])
         if ids[turn : turn + len(head)] != head:
             raise UserError(f"the tokenizer does not keep {ASSISTANT!r} apart from what follows; use the model's own")
-        return Layout(ids, turn + len(head), grids, helper_grids)
+        return Layout(ids, turn + len(head), grids, helper_grids, region)
 
     def measure_of(self, layout: Layout) -> Measure:
         """Count what a row holds."""
         tokens, pads = len(layout.input_ids), list(layout.input_ids).count(self.id_of(LATENT_PAD))
-        runs = 0 if self.stage == "sft" else pads // self.latent_size
+        latents = 0 if self.stage == "sft" else pads
+        runs = 1 if layout.region else latents // self.latent_size
         images, helpers = (tuple(map(self._merged, grids)) for grids in (layout.grids, layout.helper_grids))
-        return Measure(tokens, tokens - layout.answer_start - pads, runs, images, helpers)
+        labels = tokens - layout.answer_start - (0 if layout.region else pads)
+        return Measure(tokens, labels, runs, images, helpers, latents)
 
     def encode(self, record: Record, row: int) -> Sample:
         """Encode one record.
@@ -245,9 +266,11 @@ class Encoder:
         pad = self.id_of(LATENT_PAD)
         labels = ids.copy()
         labels[: layout.answer_start] = IGNORE
-        labels[ids == pad] = IGNORE
+        if not layout.region:
+            labels[ids == pad] = IGNORE
         # Pause tokens and bare marks are ordinary text.
         starts = np.flatnonzero((ids == self.id_of(LATENT_START)) & (self.stage != "sft")) + 1
+        length = count_of(layout.region) if layout.region else self.latent_size
         pixels, grids = self._images(record, "image_input", layout.grids, image_features)
         helper_pixels, helper_grids = self._images(record, "image_output", layout.helper_grids, helper_features)
         image_pad = self.id_of(IMAGE_PAD)
@@ -263,6 +286,8 @@ class Encoder:
             for grid in layout.helper_grids
         ]
         groups = [run * self.latent_size * (own >= 0) + own for run, own in enumerate(groups)]
+        if layout.region:
+            groups = [groups_of(layout.region, self.sides(layout.grids[0])[1], int((ids == image_pad).sum()))]
         return Sample(
             row=row,
             input_ids=torch.from_numpy(ids),
@@ -271,7 +296,7 @@ class Encoder:
             image_positions=torch.from_numpy(image_positions),
             pixel_values=pixels,
             image_grid_thw=grids,
-            runs=tuple((int(start), self.latent_size) for start in starts),
+            runs=tuple((int(start), length) for start in starts),
             helper_pixel_values=helper_pixels,
             helper_grid_thw=helper_grids,
             helper_groups=torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *groups])),

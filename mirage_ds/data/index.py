@@ -36,14 +36,14 @@ from mirage_ds.data.sources import hash_of
 from mirage_ds.errors import UserError
 
 # Raised whenever the files of an index mean something else than before.
-FORMAT = 5
+FORMAT = 6
 HEADER = "index.json"
 # Rows in which a run has met a fault, one a line; no part of the index itself.
 DOUBTS = "doubts.txt"
 # Places, counts, and the length and CRC-32 of what rows.bin has of it. A record that cannot be used has no tokens.
 NUMBERS = pa.schema(
     [(name, pa.int64()) for name in ("line", "patches", "bytes")]
-    + [(name, pa.int32()) for name in ("file", "tokens", "labels", "runs")]
+    + [(name, pa.int32()) for name in ("file", "tokens", "labels", "runs", "latents")]
     + [("check", pa.uint32())]
 )
 # A field's images: key of the content, merged features.
@@ -145,8 +145,9 @@ class Index:
             UserError: the row is damaged; only this process knows.
         """
         ids, (layout, record) = self._read(row)
-        answer_start, grids, helper_grids = json.loads(layout)
-        return from_json(record), Layout(ids, answer_start, [*map(tuple, grids)], [*map(tuple, helper_grids)])
+        answer_start, grids, helper_grids, region = json.loads(layout)
+        grids, helper_grids = ([*map(tuple, own)] for own in (grids, helper_grids))
+        return from_json(record), Layout(ids, answer_start, grids, helper_grids, region)
 
     def record(self, row: int) -> Record:
         """Return a row's record; see encoded."""

@@ -17,7 +17,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mirage_ds.config.columns import Columns
-from mirage_ds.config.run import HELPED
 from mirage_ds.data import sources
 from mirage_ds.data.encode import Encoder, beside_each
 from mirage_ds.data.images import Key
@@ -28,6 +27,8 @@ from mirage_ds.data.record_files import read_piece
 from mirage_ds.data.sources import Piece, Stamp
 from mirage_ds.files import write_new
 
+# Of a row, as sample.Measure has them.
+COUNTS = ("tokens", "labels", "runs", "latents")
 # The image files that a record shows, each with its Sight.
 PICTURES = pa.list_(pa.struct({"path": pa.string(), "place": pa.int32(), "bytes": pa.int64(), "mtime_ns": pa.int64()}))
 
@@ -150,7 +151,7 @@ class Parts:
         file, encoder = self.plan.files[piece.file], self.encoders[piece.file]
         rows = []
         for found in read_piece(piece, file, self.pictures, self.plan.columns):
-            paths = () if isinstance(found, Fault) else found.images(helpers=encoder.stage in HELPED)
+            paths = () if isinstance(found, Fault) else found.images(helpers=encoder.helped)
             # Before they are read: what is written meanwhile is noticed by whoever compares.
             pictures = [{"path": path} | encoder.finder.sight(path)._asdict() for _, path in paths]
             rows.append(encode_row(found, encoder, self.keep) | {"file": piece.file, "pictures": pictures})
@@ -164,7 +165,7 @@ def encode_row(record: Record | Fault, encoder: Encoder, keep: Sequence[str]) ->
     keys: dict[str, list[Key]] = {name: [] for name in keep}
     try:
         layout = encoder.lay_out(record)
-        for name, path in record.images(helpers=encoder.stage in HELPED):
+        for name, path in record.images(helpers=encoder.helped):
             if name in keep:
                 keys[name].append(encoder.finder.key(record, name, path))
             else:
@@ -174,15 +175,15 @@ def encode_row(record: Record | Fault, encoder: Encoder, keep: Sequence[str]) ->
     measure = encoder.measure_of(layout)
     sizes = {"image_input": measure.images, "image_output": measure.helpers}
     images = {name: [{"key": k, "size": n} for k, n in zip(keys[name], sizes[name], strict=True)] for name in keep}
-    rest = json.dumps([layout.answer_start, layout.grids, layout.helper_grids])
-    counts = {"tokens": measure.tokens, "labels": measure.labels, "runs": measure.runs}
+    rest = json.dumps(layout[1:])
+    counts = {name: getattr(measure, name) for name in COUNTS}
     counts["patches"] = sum(time * height * width for time, height, width in layout.grids + layout.helper_grids)
     return counts | images | {"line": record.line} | packed(layout.input_ids, rest, to_json(record))
 
 
 def faulty_row(fault: Fault, keep: Sequence[str]) -> dict[str, Any]:
     """Return the row of a record that cannot be used: nothing but its line and its fault."""
-    nothing: dict[str, Any] = dict.fromkeys(("tokens", "labels", "runs", "patches"), 0) | {name: [] for name in keep}
+    nothing: dict[str, Any] = dict.fromkeys((*COUNTS, "patches"), 0) | {name: [] for name in keep}
     return nothing | {"line": fault.line} | packed([], json.dumps(asdict(fault)))
 
 

@@ -19,7 +19,16 @@ from typing import Any, NamedTuple
 
 from mirage_ds.config.columns import RECOGNISED, Columns, Layout
 from mirage_ds.data import messages
-from mirage_ds.data.messages import FIELDS, HELPER_MARK, IMAGE_MARK, TURNS_BEFORE, MessageError, expect, is_absent
+from mirage_ds.data.messages import (
+    FIELDS,
+    HELPER_MARK,
+    IMAGE_MARK,
+    REGION,
+    TURNS_BEFORE,
+    MessageError,
+    expect,
+    is_absent,
+)
 from mirage_ds.errors import shown
 
 Row = Mapping[str, Any]
@@ -347,6 +356,8 @@ def read_row(row: Row, columns: Columns = RECOGNISED, answers: bool = True) -> t
     asked, wanted = columns.question or columns.messages, {name for _, name in columns.named} - row.keys()
     # Blanks around a name are hard to see.
     row = {name.strip() if name.strip() in wanted else name: value for name, value in row.items()} if wanted else row
+    if columns.region and columns.region in row:
+        row = {**{name: value for name, value in row.items() if name != columns.region}, REGION: row[columns.region]}
     # A record may stand beside rows whose question is named: what is named is not its own.
     asks = "text_input" not in row or not is_absent(row.get(asked))
     chosen = columns.layout or (asks and asked not in ("", "text_input"))

@@ -10,7 +10,6 @@ from itertools import chain, islice
 
 import torch
 
-from mirage_ds.config.run import HELPED
 from mirage_ds.data.batch import Batch, collate
 from mirage_ds.data.encode import Encoder, beside_each
 from mirage_ds.data.features import FeatureStore, KeptFeatures
@@ -31,7 +30,7 @@ def check_records(records: Sequence[Record], encoder: Encoder) -> list[Measure]:
 
     def check(record: Record) -> Measure:
         measure = encoder.measure(record)
-        for name, path in record.images(helpers=encoder.stage in HELPED):
+        for name, path in record.images(helpers=encoder.helped):
             encoder.finder.check(record, name, path)
         return measure
 

@@ -42,7 +42,7 @@ LOOKED_ROWS = 4096
 ABANDONED_S = 7 * 24 * 3600.0
 # Modules that decide what a row is.
 CODE = """encode flat folders images index index_part inside kinds layouts literals make_index messages pooling record
-record_files sample sources"""
+record_files region sample sources"""
 SHOWN = pa.schema({"file": pa.int32(), "pictures": PICTURES})
 
 

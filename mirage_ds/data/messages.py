@@ -18,6 +18,8 @@ from mirage_ds.errors import shown
 
 # Own key of a record: the messages before its question, [{"role": …, "content": text with <image> marks}, …].
 TURNS_BEFORE = "turns_before"
+# And a box of its first input image (region.py).
+REGION = "region"
 IMAGE_MARK = "<image>"
 HELPER_MARK = "<output_image>"
 FIELDS = ("text_input", "text_output", "image_input", "image_output")

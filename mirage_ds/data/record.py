@@ -4,6 +4,7 @@
     text_output   the answer, with an `<output_image>` mark where the latents stand (no mark: first in the answer)
     image_input   a path or a list of paths (or what inside.py reads)
     image_output  the helper image: a path, or a list for several latent blocks; may be absent
+    region        a box of the first input image, in place of a helper (region.py); may be absent
 
 or a row as others have it (layouts.py): `messages`, another trainer's layout, the user's own columns. `turns_before`
 holds the messages before the question. Other keys are kept as they are.

@@ -27,7 +27,8 @@ class Sample(NamedTuple):
         runs: the latent blocks as (first latent's position, k).
         helper_pixel_values, helper_grid_thw: the same for the helper images (stage1 only, else empty).
         helper_groups: (F,) int64, the latent of the row that each merged feature of the helpers is averaged into (see
-            pooling.pool_groups; runs counted on); empty where there are no helpers.
+            pooling.pool_groups; runs counted on), of a region those of the input images (region.groups_of); empty where
+            there is neither.
         image_features: (F, H) where the frozen tower's features were kept; then there are no pixels.
         helper_features: (blocks · k, H) where the helpers' targets were kept: each is in a group of its own.
         hidden: places of the input images' tokens (picture_places) where text behind the first latent block does not
@@ -74,7 +75,7 @@ class Measure(NamedTuple):
     """What planning needs to know of a row before it is encoded.
 
     Attributes:
-        tokens, labels, runs: counts of each.
+        tokens, labels, runs, latents: counts of each.
         images, helpers: merged features of each input image and, in stage1, of each helper image.
     """
 
@@ -83,6 +84,7 @@ class Measure(NamedTuple):
     runs: int
     images: tuple[int, ...]
     helpers: tuple[int, ...]
+    latents: int
 
 
 class Layout(NamedTuple):
@@ -92,12 +94,14 @@ class Layout(NamedTuple):
         input_ids: T token ids.
         answer_start: place of the first token behind `<|im_start|>assistant`.
         grids, helper_grids: (t, h, w) in patches of each input image and, in stage1, of each helper image.
+        region: the cells of the first image that the latents imitate; None where they imitate none.
     """
 
     input_ids: Sequence[int] | np.ndarray
     answer_start: int
     grids: list[Grid]
     helper_grids: list[Grid]
+    region: tuple[int, int, int, int] | None = None
 
 
 class ImageKeys(NamedTuple):

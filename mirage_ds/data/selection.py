@@ -27,7 +27,7 @@ class Selection(NamedTuple):
 
     Attributes:
         row_ids: (R,) place of each row in the index.
-        tokens, labels, runs: (R,) counts of each.
+        tokens, labels, runs, latents: (R,) counts of each.
         patches: (R,) vision patches of its images: of the input images and, in stage1, of the helpers.
         dropped: rows longer than the limit.
 
@@ -39,6 +39,7 @@ class Selection(NamedTuple):
     tokens: np.ndarray
     labels: np.ndarray
     runs: np.ndarray
+    latents: np.ndarray
     dropped: int
 
     skipped: tuple[Fault, ...]
@@ -52,7 +53,7 @@ class Selection(NamedTuple):
 
     def only(self, stays: np.ndarray) -> Self:
         """Leave out rows; `stays`: (R,) bool."""
-        names = ["row_ids", "tokens", "labels", "runs", "patches"]
+        names = ["row_ids", "tokens", "labels", "runs", "latents", "patches"]
         return self._replace(**{name: getattr(self, name)[stays] for name in names})
 
 
@@ -104,7 +105,7 @@ def usable(
         judge_faults(data_path, next(rows.all_faults()), rows.faults, len(rows), sound, max_bad_share)
     tokens = np.where(rows["tokens"] > 0, rows["tokens"] + answer, 0)
     fits = np.flatnonzero((tokens > 0) & (tokens <= max_length))
-    counts = {"tokens": tokens[fits]} | {name: rows[name][fits] for name in ("labels", "runs", "patches")}
+    counts = {"tokens": tokens[fits]} | {name: rows[name][fits] for name in ("labels", "runs", "latents", "patches")}
     skipped = tuple(rows.all_faults())
     selection = Selection(row_ids=fits, **counts, dropped=sound - len(fits), skipped=skipped, rows=rows)
     dropped, above = selection.dropped, f"--max_length {max_length} (the longest has {tokens.max()} tokens)"

@@ -47,7 +47,9 @@ def trained_of(state: Mapping[str, Any]) -> dict[str, Any]:
     slots, compress, *_ = state.get("latents") or (None, "average")
     # Who decodes it meets no latent block, as with sft.
     stage = "sft" if state.get("latent_policy") == "text" else state["stage"]
-    trained = dict(stage=stage, latent_size=state["latent_size"], slots=slots, compress_strategy=compress)
+    # Of regions the longest, which decoding ends a block at.
+    k = state.get("longest", state["latent_size"])
+    trained = dict(stage=stage, latent_size=k, slots=slots, compress_strategy=compress)
     if (passes := state.get("latent_passes")) is not None:
         trained["latent_passes"] = passes
     if state.get("bottleneck"):

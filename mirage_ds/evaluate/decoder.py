@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mirage_ds.config.run import Slots, Stage
+from mirage_ds.config.run import Compress, Slots, Stage
 from mirage_ds.data.encode import LATENT_PAD, LATENT_TOKENS, Encoder
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder, load_tokenizer
@@ -85,13 +85,20 @@ class Decoder:
         return replace(self.encoder, stage=stage, latent_size=k, **more)
 
 
-def slots_fed(slots: Slots | None, k: int | None) -> int | None:
-    """Return how many slots a latent block has in decoding, of k in training: none where the answer never saw one."""
-    return 0 if slots in ("marks", "auxiliary") else k
+def slots_fed(slots: Slots | None, k: int | None, compress: Compress = "average") -> int | None:
+    """Return how many slots a latent block has in decoding, of k in training: none where the answer never saw one.
+
+    Returns:
+        None where the model ends it: regions have different lengths, k at most.
+    """
+    return None if compress == "region" else 0 if slots in ("marks", "auxiliary") else k
 
 
-def need_latents(decoder: Decoder) -> None:
+def need_latents(decoder: Decoder, regions: bool = True) -> None:
     """Refuse a model that was trained without latents that its answers see.
+
+    Args:
+        regions: False refuses blocks of different lengths too.
 
     Raises:
         UserError: what it was trained on, and what scores it.
@@ -102,6 +109,11 @@ def need_latents(decoder: Decoder) -> None:
         raise UserError(
             f"{decoder.folder} was trained {how}: its answers see no latents that could be replaced or looked at; "
             "`mirage-ds evaluate` scores it"
+        )
+    if not regions and decoder.trained.get("compress_strategy") == "region":
+        raise UserError(
+            f"{decoder.folder} was trained with --compress_strategy region: its blocks differ in length and have no "
+            "helper to compare with; leave out what asks for one, or give a model of another strategy"
         )
 
 
@@ -191,7 +203,10 @@ def run_limits(decoder: Decoder, new_tokens: int, longest_run: int, run_length: 
     """Translate --run_length: "trained" (the k of training, where the folder knows it), "model", or a number.
 
     Training never shows the model a shorter latent block, and never supervises the tokens inside one, so whether it
-    would end a block early by itself is accident: the trained length is the default.
+    would end a block early by itself is accident: the trained length is the default. Where it learnt regions, their
+    lengths differ and each latent says whether another follows, so by default the model ends a block itself, at the
+    latest after as many latents as the longest region had. (LVR's public code evaluates with 4, 8 and 16 latents, as
+    `--run_length 8` does.)
 
     Args:
         rest: other Limits.
@@ -202,7 +217,9 @@ def run_limits(decoder: Decoder, new_tokens: int, longest_run: int, run_length: 
     if decoder.encoder.latent_passes is not None and run_length not in ("trained", str(k)):
         raise UserError(f"--run_length {run_length}: {decoder.folder} makes its {k} latents together; leave it out")
     if run_length == "trained":
-        fixed = slots_fed(decoder.trained.get("slots"), k)
+        compress = decoder.trained.get("compress_strategy", "average")
+        fixed = slots_fed(decoder.trained.get("slots"), k, compress)
+        longest_run = int(decoder.trained["latent_size"]) if compress == "region" else longest_run
     elif run_length == "model":
         fixed = None
     elif run_length.isdecimal():

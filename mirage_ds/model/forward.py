@@ -93,6 +93,7 @@ class Forward:
         kernels: "liger", or None for transformers' own norms and MLPs (kernels.py).
         split: stage2's last pass has a backward of its own (LossSums.earlier).
         own: stage1 feeds the model's own states at the latents (--feed own), in stage2's passes.
+        region: stage1's targets are features of the input images themselves (--compress_strategy region).
         others: parameters that the earlier passes' backward does not reach and gives zeros to, for an optimizer that
             takes of a step's gradients only what the last backward reaches (ZeRO-2, offloaded).
         train_targets: stage1's cross-entropy also reaches a trained tower through the targets that stand as inputs.
@@ -108,6 +109,7 @@ class Forward:
     split: bool = False
     kernels: str | None = None
     own: bool = False
+    region: bool = False
     others: Sequence[nn.Parameter] = ()
 
 
@@ -270,10 +272,12 @@ class MirageModel(nn.Module):
                 found = trained_features(encoder.visual, batch.helper_pixel_values, batch.helper_grid_thw)
             if batch.image_features is None or found is None:
                 raise ValueError("the tower is frozen: run FrozenTower.attach on the batch first")
-            return batch.image_features, found
+            return batch.image_features, batch.image_features if self.how.region else found
         images = trained_features(self.visual, batch.pixel_values, batch.image_grid_thw)
         if not self.how.grounded:
             return images, images[:0]
+        if self.how.region:
+            return images, images if self.how.train_targets else images.detach()
         with torch.set_grad_enabled(self.how.train_targets and torch.is_grad_enabled()):
             helpers = trained_features(self.visual, batch.helper_pixel_values, batch.helper_grid_thw)
         return images, helpers

@@ -95,6 +95,7 @@ def generate(*arguments: Any, model: Any, logits_processor: Any = None, **given:
     slots = "none" if "latent_tokens" not in trained else trained.get("slots") or "latents"
     how = "--bottleneck, which is" if trained.get("bottleneck") else ""
     how = "latents made together, which are" if "latent_passes" in trained else how
+    slots = "region" if trained.get("compress_strategy") == "region" else slots
     how = how if slots == "latents" else f"slots {slots!r}, which are"
     if how:
         raise ValueError(f"{model.name_or_path} was trained with {how} not known here; `mirage-ds generate` decodes it")

@@ -17,7 +17,7 @@ class PlanSpec(BaseModel, extra="forbid", frozen=True, protected_namespaces=(), 
     stage: Stage = Field(description="As for a run.")
     feed: Feed = Field("targets", description="stage1: own makes latents in passes, as stage2.")
     bottleneck: bool = Field(False, description="As for a run.")
-    latent_size: PositiveInt = Field(4, description="k, latents a block.")
+    latent_size: PositiveInt = Field(4, description="k, latents a block; of regions their mean.")
     latent_passes: NonNegativeInt | None = Field(None, description="As for a run: own latents made together.")
     latent_runs: PositiveInt = Field(1, description="Latent blocks of a row, at most.")
     deepspeed: Path | None = Field(None, description="Plan this JSON alone. [default: all that ship]")

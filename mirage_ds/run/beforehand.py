@@ -11,6 +11,7 @@ from mirage_ds.config.extras import need_for
 from mirage_ds.config.run import HELPED, RunConfig, Stage
 from mirage_ds.data.folders import find_files
 from mirage_ds.data.images import ImageFinder
+from mirage_ds.data.messages import REGION
 from mirage_ds.data.record import blamed, make_record
 from mirage_ds.data.record_files import places, told
 from mirage_ds.data.sources import no_record
@@ -126,7 +127,7 @@ def first_look(source: Path, columns: Columns, image_root: Path | None, stage: S
         finder = ImageFinder(tuple(folders))
         with blamed(f"{files[first.file]}: "):
             record = make_record(first.row, first.line, True, Path(pictures), columns)
-            if stage in HELPED:
+            if stage in HELPED and not record.extra.get(REGION):
                 record.need_helper(stage)
             named = record.images(helpers=stage is None or stage in HELPED)
             for name, path in named:

@@ -287,9 +287,14 @@ def make_loader(run: Run, encoder: Encoder, index: Selection, features: dict[str
     return Loader(index.rows, encoder, planner, run.world.rank, run.config.passes, run.config.num_workers, features)
 
 
-def make_evaluation(loader: Loader, index: Selection, latent_size: int) -> Evaluation:
+def longest_block(config: RunConfig, index: Selection) -> int:
+    """Return how many latents a block has: k, or of regions, one a row, the longest's."""
+    return int(index.latents.max(initial=1)) if config.compress_strategy == "region" else config.latent_size
+
+
+def make_evaluation(loader: Loader, index: Selection) -> Evaluation:
     """Pack the evaluation rows into micro-steps once; the packing of training rows decides nothing here."""
-    counts = StepCounts(len(index.row_ids), int(index.labels.sum()), int(index.runs.sum()) * latent_size)
+    counts = StepCounts(len(index.row_ids), int(index.labels.sum()), int(index.latents.sum()))
     return Evaluation(loader, loader.planner.packed(np.arange(len(index.row_ids))), counts)
 
 

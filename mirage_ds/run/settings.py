@@ -110,9 +110,13 @@ def check_settings(run: Run) -> Checked:
         with shared_fate(world):
             check_targets(config.latent_targets, model_config, config.latent_size)
     encoder = make_encoder(config, folders)
-    policy = find_policy(config, read_trained(model_config), folders[0]) if config.stage == "rl" else None
+    trained = read_trained(model_config)
+    if config.recurrent and trained.get("compress_strategy") == "region":
+        how = f"--stage {config.stage} feeds back k latents a block; start from a model of another strategy"
+        raise UserError(f"{folders[0]} was trained with --compress_strategy region, and {how}")
+    policy = find_policy(config, trained, folders[0]) if config.stage == "rl" else None
     if config.latent_passes is not None:
-        check_together(config, read_trained(model_config), folders[0])
+        check_together(config, trained, folders[0])
     lora = from_rank_zero(lambda: make_lora(config, shape, encoder), world)
     checked = Checked(ds_values, folders, encoder, shape, lora, policy)
     head_width = head_width_of(model_config.get_text_config())

@@ -47,6 +47,7 @@ from mirage_ds.run.records import (
     check_scores,
     index_records,
     keep,
+    longest_block,
     make_evaluation,
     make_loader,
     open_rewards,
@@ -182,7 +183,7 @@ def open_data(run: Run, checked: Checked) -> Data:
         index=indices[0],
         steps=run_steps(config, indices[0]),
         loader=loader,
-        evaluation=make_evaluation(others[0], indices[1], config.latent_size) if others else None,
+        evaluation=make_evaluation(others[0], indices[1]) if others else None,
         skipped=[(file, fault) for file, index in zip(files, indices, strict=True) for fault in index.skipped],
         tower=tower,
         targets=targets,
@@ -243,6 +244,7 @@ def open_model(run: Run, checked: Checked, data: Data) -> Loaded:
     if ds.zero_stage(checked.ds_values) == 2 and ds.offload_device(checked.ds_values, "optimizer") != "none":
         own = loaded.model.head.parameters()
         loaded.model.how.others = [p for p in own if p.requires_grad and p is not embedding]
+    loaded.model.how.region = config.compress_strategy == "region"
     loaded.model.how.split = config.recurrent and layers.defers_more_than_gradients(config.micro_batch_tokens)
     return loaded
 
@@ -331,7 +333,8 @@ def other_latents(config: RunConfig, base: Base) -> Iterator[str]:
     """Warn where the model was trained with blocks of another length."""
     trained = base.config.get(TRAINED_KEY) or base.config
     k = trained.get("latent_size")
-    if "sft" not in (config.stage, trained.get("stage")) and k not in (None, config.latent_size):
+    kinds = {config.stage, config.compress_strategy, trained.get("stage"), trained.get("compress_strategy")}
+    if not {"sft", "region"} & kinds and k not in (None, config.latent_size):
         yield f"warning: the model was trained with --latent_size {k}, this run has {config.latent_size}"
 
 
@@ -341,7 +344,7 @@ def opening_lines(run: Run, data: Data, learner: Learner) -> Iterator[str]:
     yield (
         f"{config.stage}: {len(index.row_ids)} rows of {index.tokens.min()}–{index.tokens.max()} tokens (mean "
         f"{index.tokens.mean():.0f}), {config.rows_per_step} rows a step, {data.steps} steps, {world.size} rank(s) "
-        f"on {world.device.type}, attention {learner.engine.module.how.attention}, k {config.latent_size}"
+        f"on {world.device.type}, attention {learner.engine.module.how.attention}, k {longest_block(config, index)}"
     )
     if learner.checkpoint:
         yield from learner.checkpoint.passed_over

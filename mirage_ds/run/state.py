@@ -16,7 +16,7 @@ from mirage_ds.engine.setup import from_rank_zero
 from mirage_ds.model.folder import weight_files
 from mirage_ds.model.load import read_config
 from mirage_ds.model.targets import describe_encoder
-from mirage_ds.run.records import usable_rows
+from mirage_ds.run.records import longest_block, usable_rows
 from mirage_ds.run.settings import Checked, Run
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def state_of(run: Run, checked: Checked, data: Data) -> dict[str, Any]:
         pixels=[config.min_pixels, config.max_pixels],
         **(rl_state(run, checked) if checked.policy else {}),
         **targets_state(run, checked, data),
+        **({"longest": longest_block(config, data.index)} if config.compress_strategy == "region" else {}),
     )
 
 

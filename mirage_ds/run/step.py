@@ -47,7 +47,7 @@ def step(run: Run, data: Data, learner: Learner, plan: StepPlan, batches: Iterat
     """Take one optimizer step over its G micro-steps."""
     config, engine, at = run.config, learner.engine, run.journal.at
     done = plan.step + 1
-    counts, lengths = step_counts(data.index, plan, config.latent_size)
+    counts, lengths = step_counts(data.index, plan)
     totals = torch.zeros(6, device=run.world.device)
     ran = []
     at("waits for data", done)
@@ -91,15 +91,13 @@ def step(run: Run, data: Data, learner: Learner, plan: StepPlan, batches: Iterat
     return Taken(metrics, applied, stops > 0, ran, plan.rows)
 
 
-def step_counts(index: Selection, plan: StepPlan, latent_size: int) -> tuple[StepCounts, list[int]]:
+def step_counts(index: Selection, plan: StepPlan) -> tuple[StepCounts, list[int]]:
     """Count what the whole step holds, over all ranks and micro-steps, and the tokens of each row.
 
     From the plan alone, before the first backward: no rank asks another.
     """
     places = np.searchsorted(index.row_ids, plan.rows)
-    counts = StepCounts(
-        rows=len(plan.rows), labels=int(index.labels[places].sum()), latents=int(index.runs[places].sum()) * latent_size
-    )
+    counts = StepCounts(len(plan.rows), int(index.labels[places].sum()), int(index.latents[places].sum()))
     return counts, index.tokens[places].tolist()
 
 

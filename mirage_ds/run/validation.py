@@ -36,7 +36,7 @@ from mirage_ds.model.loss import LossSums
 from mirage_ds.model.slots import Limits
 from mirage_ds.model.vision import FrozenTower
 from mirage_ds.run.events import EVALUATION_BEGINS, EVALUATION_ENDS
-from mirage_ds.run.records import Evaluation
+from mirage_ds.run.records import Evaluation, longest_block
 from mirage_ds.run.saving import Best
 from mirage_ds.run.settings import Run
 from mirage_ds.run.setup import Data, Learner
@@ -69,8 +69,8 @@ class Evaluator:
         config, engine, world = run.config, learner.engine, run.world
         # Every latent block has the length of training, as `mirage-ds evaluate` has it; as many tokens at a time as in
         # training.
-        k = config.latent_size
-        slots, hides = slots_fed(config.slots, k), config.bottleneck
+        compress, k = config.compress_strategy, longest_block(config, data.index)
+        slots, hides = slots_fed(config.slots, k, compress), config.bottleneck
         self.limits = Limits(config.eval_new_tokens, k, slots, config.micro_batch_tokens, bottleneck=hides)
         if self.evaluation is None:
             return
@@ -181,8 +181,8 @@ def evaluate(run: Run, learner: Learner, evaluation: Evaluation) -> dict[str, fl
 
 
 def rows_to_measure(run: Run, evaluation: Evaluation) -> set[int]:
-    """Return the evaluation rows whose latents are measured: the first that have a block; none in sft."""
-    if run.config.stage == "sft":
+    """Return the evaluation rows whose latents are measured: the first that have a block, where all have k latents."""
+    if run.config.stage == "sft" or run.config.compress_strategy == "region":
         return set()
     rows = evaluation.loader.planner.row_ids
     with_latents = rows[evaluation.loader.rows.records["runs"][rows] > 0]

@@ -226,6 +226,8 @@ def make_config(settings: Settings, where: str, here: Path) -> RunConfig:
     if stage == "sft" and slots != "pause":
         idle.append("latent_size")
     idle += ["bottleneck"] if stage not in ("stage1", "stage2") or slots == "auxiliary" else []
+    if (stage, values.get("compress_strategy")) == ("stage1", "region"):
+        idle += ["latent_size", "helper_min_pixels", "helper_max_pixels"]
     if slots == "latents":
         # What it is without being said.
         idle.append("slots")
@@ -316,7 +318,8 @@ def _evaluations(spec: StudySpec, arm: str, last: Node, here: Path) -> Iterator[
             **_scorer(evaluation.task, f"evaluation {name}"),
         }
         yield f"{SCORES} {name}", Node("evaluate", name, last, config, evaluation, material)
-        if evaluation.controls and not is_text(last) and (config.slots or "latents") == "latents":
+        latents = (config.slots or "latents") == "latents" and config.compress_strategy != "region"
+        if evaluation.controls and not is_text(last) and latents:
             material = {
                 **{**material, "kind": "controls", "conditions": parse_names(evaluation.controls)},
                 "helper_pixels": [config.helper_min_pixels, config.helper_max_pixels],

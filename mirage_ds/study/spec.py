@@ -14,8 +14,9 @@ from pydantic import AfterValidator, BaseModel, Field, GetPydanticSchema, Positi
 
 from mirage_ds.analysis.controls.spec import parse_names
 from mirage_ds.config.columns import COLUMNS_HELP, ColumnsText
+from mirage_ds.config.flags import read_yaml
 from mirage_ds.config.names import hint
-from mirage_ds.config.run import RunConfig, read_yaml
+from mirage_ds.config.run import RunConfig
 from mirage_ds.errors import UserError, closest, shown
 
 Settings = dict[str, Any]

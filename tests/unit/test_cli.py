@@ -159,6 +159,23 @@ def test_check_lists_every_fault_with_line_field_what_and_how(call: Call, images
         assert how in cell[3]
 
 
+def test_check_counts_regions_and_finds_faulty_boxes(call: Call, images: Path, nano: Path) -> None:
+    good = [row(image_output=None, region=[0, 0, 5, 5]), row(image_output="gone.png", region=[0, 0, 84, 56])]
+    file = write_rows(images, *good, row(region=[0, 0, 85, 56]), row())
+    said = call("data", "check", file, "--compress_strategy", "region")
+    assert said.code == 2
+    assert "3 of 4 records have a region (stage1 --compress_strategy region)" in said.out
+    cells = [[cell.strip() for cell in line.strip(" │┃").split("│")] for line in said.out.splitlines() if "│" in line]
+    assert [cell[:2] for cell in cells] == [["3", "region"], ["4", "region"]]
+    assert "[0, 0, 85, 56] is no box in an image of 84×56 pixels" in cells[0][2]
+    file = write_rows(images, *good)
+    for more in ([], ["--model", nano]):
+        said = call("data", "check", file, "--compress_strategy", "region", *more)
+        assert (said.code, "2 records, no fault" in said.out) == (0, True)
+    # Unasked, a region is a key like any other: this stage needs helpers.
+    assert call("data", "check", file).code == 2
+
+
 def test_check_shows_at_most_as_many_as_asked(call: Call, images: Path) -> None:
     """What is alike stands there once, with its number."""
     said = call("data", "check", write_rows(images, *5 * ["{"], "[]", "[]"), "--most", "1")

@@ -135,7 +135,7 @@ def study(
     Raises:
         UserError: an open length of blocks, a fault in a record, or a condition that cannot be made of these records.
     """
-    need_latents(decoder)
+    need_latents(decoder, regions=not {"oracle", PATH} & set(names))
     # With a fixed number of slots the longest block has no say.
     room = dict(prefill_tokens=spec.prefill_tokens, rows=spec.batch_size, cache_gb=spec.cache_gb)
     limits = run_limits(decoder, spec.max_new_tokens, 0, spec.run_length, **room)

@@ -204,7 +204,7 @@ def inspect_file(folder: Path, spec: InspectSpec, track: Track = iter) -> tuple[
     if forked:
         need("vsp", "--decode of maps with two shortest paths")
     decoder = load_decoder(folder, finder, spec.processor, True, spec.pixels, spec.helper_pixels)
-    need_latents(decoder)
+    need_latents(decoder, regions=False)
     k = spec.latent_size or decoder.trained.get("latent_size")
     if k is None:
         file = decoder.folder / "config.json"

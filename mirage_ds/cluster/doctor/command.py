@@ -9,9 +9,9 @@ from typing import Any
 import click
 
 from mirage_ds.cluster.doctor.spec import DoctorSpec
-from mirage_ds.config.flags import build_model, model_options
+from mirage_ds.config.flags import build_model, model_options, read_yaml
 from mirage_ds.config.names import hint
-from mirage_ds.config.run import RunConfig, read_yaml
+from mirage_ds.config.run import RunConfig
 from mirage_ds.errors import EXIT_USER_ERROR, UserError, closest
 
 

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 from mirage_ds.cluster.status.facts import find_run, json_lines, split_log
-from mirage_ds.config.flags import build_model
-from mirage_ds.config.run import RunConfig, read_yaml
+from mirage_ds.config.flags import build_model, read_yaml
+from mirage_ds.config.run import RunConfig
 from mirage_ds.data.progress import track
 from mirage_ds.engine.checkpoint import find_checkpoint
 from mirage_ds.engine.gradients import gradient_norms
@@ -119,7 +119,7 @@ def take_again(run: Run, folder: Path, number: int) -> Again:
     for plan, batches in track(islice(steps, missing), "steps before", missing, quiet=not first):
         step(run, data, learner, plan, batches)
     plan, batches = next(steps)
-    counts, _ = step_counts(data.index, plan, run.config.latent_size)
+    counts, _ = step_counts(data.index, plan)
     loss, own = torch.zeros((), device=run.world.device), []
     for at, batch in enumerate(batches):
         learner.engine.set_gradient_accumulation_boundary(at == plan.micro_steps - 1)

@@ -10,9 +10,9 @@ from PIL import Image
 
 from mirage_ds.cli import cli
 from mirage_ds.config.columns import parse_columns
-from mirage_ds.config.flags import build_model
+from mirage_ds.config.flags import build_model, read_yaml
 from mirage_ds.config.importing import import_config, read_foreign
-from mirage_ds.config.run import RunConfig, read_yaml
+from mirage_ds.config.run import RunConfig
 from mirage_ds.curate.check import check_file
 from mirage_ds.data.folders import find_files
 from mirage_ds.errors import UserError

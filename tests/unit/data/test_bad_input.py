@@ -27,8 +27,8 @@ from PIL import Image
 from support.indices import selected
 
 from mirage_ds.cli import cli
-from mirage_ds.config.flags import build_model
-from mirage_ds.config.run import RunConfig, read_yaml
+from mirage_ds.config.flags import build_model, read_yaml
+from mirage_ds.config.run import RunConfig
 from mirage_ds.curate.check import check_file
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.images import MAX_PIXELS, ImageFinder

@@ -253,7 +253,7 @@ STUB, FAULT = Record(1, "q", "a", ("i.png",), ()), Fault(9, "json", "w", "h")
 def synthetic(folder: Path, count: int) -> Index:
     """An index of `count` rows of one image each and a fault, written directly."""
     folder.mkdir(parents=True)
-    one = dict.fromkeys(NUMBERS.names, 3) | packed([1, 2, 3], "[1, [[1, 2, 2]], []]", to_json(STUB))
+    one = dict.fromkeys(NUMBERS.names, 3) | packed([1, 2, 3], "[1, [[1, 2, 2]], [], null]", to_json(STUB))
     one |= {"file": 0, "image_input": [{"key": [0, 0], "size": 1}], "pictures": []}
     bad = faulty_row(FAULT, ["image_input"]) | {"file": 0, "pictures": []}
     both = pa.Table.from_pylist([one, bad], part_schema(["image_input"]))
@@ -274,8 +274,8 @@ def test_nothing_of_a_row_is_kept_in_python(tmp_path: Path, encoder_for: Make) -
         loader = Loader(index.rows, encoder, planner, 0, two_a_block, 0)
         travels.append(len(pickle.dumps(loader.rows)))
         blocks.append(sys.getallocatedblocks() - before)
-        # Five numbers a row, none of more than 8 bytes.
-        own = sum(getattr(index, name).nbytes for name in ("row_ids", "tokens", "labels", "runs", "patches"))
+        # Six numbers a row, none of more than 8 bytes.
+        own = sum(getattr(index, name).nbytes for name in ("row_ids", "tokens", "labels", "runs", "latents", "patches"))
         assert own <= 40 * count
         assert index.skipped == (FAULT,)
         for row in (0, 17, count - 1):

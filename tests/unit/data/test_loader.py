@@ -43,6 +43,7 @@ def test_the_index_counts_what_each_row_encodes_to(mixed: Path, encoder: Encoder
     assert index.tokens.tolist() == [len(sample.input_ids) for sample in samples]
     assert index.labels.tolist() == [int((sample.labels != -100).sum()) for sample in samples]
     assert index.runs.tolist() == [1, 1, 0, 0] * 3
+    assert index.latents.tolist() == [sum(k for _, k in sample.runs) for sample in samples]
     assert (index.dropped, index.dropped_share) == (0, 0)
 
 

@@ -74,7 +74,7 @@ def test_rows_are_as_the_weights_and_none_comes_twice(
     assert len(set(asked)) == len(asked)
     # What was measured of a row stays with it.
     place = {int(row): at for at, row in enumerate(whole.row_ids)}
-    for name in ("tokens", "labels", "runs", "patches"):
+    for name in ("tokens", "labels", "runs", "latents", "patches"):
         assert [int(one) for one in getattr(found, name)] == [
             int(getattr(whole, name)[place[int(row)]]) for row in found.row_ids
         ]

@@ -17,8 +17,8 @@ from support.shell_lines import Shown, mentioned_in, shown_in
 from mirage_ds.analysis.controls.spec import ControlsSpec
 from mirage_ds.analysis.inspect.command import InspectSpec
 from mirage_ds.cli import cli
-from mirage_ds.config.flags import build_model
-from mirage_ds.config.run import RunConfig, read_yaml
+from mirage_ds.config.flags import build_model, read_yaml
+from mirage_ds.config.run import RunConfig
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.spec import EvaluateSpec, GenerateSpec
 from mirage_ds.tasks import get_task

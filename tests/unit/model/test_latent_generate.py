@@ -94,6 +94,9 @@ def test_a_batch_is_answered_as_by_evaluate(name: str, nano: Path, mixed: Path, 
     model.config.mirage["slots"] = "pause"
     with pytest.raises(ValueError, match=r"slots 'pause', which are not known here; `mirage-ds generate`"):
         model.generate(prompt, **inputs, **settings)
+    model.config.mirage |= {"slots": None, "compress_strategy": "region"}
+    with pytest.raises(ValueError, match=r"slots 'region', which are not known here; `mirage-ds generate`"):
+        model.generate(prompt, **inputs, **settings)
 
 
 def test_the_file_goes_with_its_folder(nano: Path, mixed: Path, tmp_path: Path) -> None:

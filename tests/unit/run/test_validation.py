@@ -84,13 +84,13 @@ def test_the_first_rows_with_a_block_are_measured_and_none_of_sft() -> None:
     planner, rows = SimpleNamespace(row_ids=np.arange(1, 3000)), SimpleNamespace(records={"runs": runs})
     evaluation: Any = SimpleNamespace(loader=SimpleNamespace(planner=planner, rows=rows))
 
-    def chosen(stage: str, k: int) -> set[int]:
-        run: Any = SimpleNamespace(config=SimpleNamespace(stage=stage, latent_size=k))
+    def chosen(stage: str, k: int, compress: str = "average") -> set[int]:
+        run: Any = SimpleNamespace(config=SimpleNamespace(stage=stage, latent_size=k, compress_strategy=compress))
         return validation.rows_to_measure(run, evaluation)
 
     assert chosen("stage2", 4) == {row for row in range(1, 385) if row % 3}
     assert len(chosen("stage1", 2)) == 512
-    assert chosen("sft", 4) == set()
+    assert chosen("sft", 4) == chosen("stage1", 4, "region") == set()
 
 
 def test_of_a_row_its_first_block_is_measured() -> None:
