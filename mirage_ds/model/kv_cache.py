@@ -167,8 +167,8 @@ class RunStep:
         self.seen, device = cache.places(tables, whole), cache.keys[0].device
         new = np.cumsum(whole)[:, None] + np.arange(-count, 0)
         self.at = self.seen[:, on_device(new.flatten(), device)]
-        ends = [np.cumsum([0, *each]) for each in ([count] * len(whole), whole)]
-        self.ends = Ends(*(on_device(one, device).int() for one in ends), count, max(whole))
+        cu_q, cu_k = (on_device(np.cumsum([0, *each]), device).int() for each in ([count] * len(whole), whole))
+        self.ends = Ends(cu_q, cu_k, count, max(whole))
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
         """Keep k and v (n · count, Hkv, D), and attend with q (n · count, Hq, D) → the same shape."""

@@ -109,7 +109,7 @@ def attention(model: MirageModel, thought: Thought, queries: torch.Tensor) -> to
     x = thought.inputs[None]
     rotary = text.rotary_emb(x, thought.position_ids.to(device)[:, None])
     found = []
-    plan = schedule([len(thought.ids)], [thought.runs], 1, [thought.hidden.numpy()])[0]
+    plan = schedule([len(thought.ids)], [thought.runs], 1, hidden=[thought.hidden.numpy()])[0]
     keys, q, k = (torch.tensor(one, device=device) for one in (plan.keys, plan.query_lengths, plan.key_lengths))
     cu_q, cu_k = (functional.pad(one.cumsum(0, dtype=torch.int32), (1, 0)) for one in (q, k))
     ends = Ends(cu_q, cu_k, max(plan.query_lengths), max(plan.key_lengths))
