@@ -204,7 +204,7 @@ def test_a_row_is_the_slow_encoders_row(
     assert torch.equal(sample.position_ids, theirs[:, 0])
     measure = encoder.measure(record_for(name))
     merged = [tuple(grid.prod(dim=1).floor_divide(4).tolist()) for grid in (grids, helper_grids)]
-    assert measure == (len(ids), sum(label != -100 for label in labels), len(runs), *merged)
+    assert measure == (len(ids), sum(label != -100 for label in labels), len(runs), *merged, sum(k for _, k in runs))
 
 
 def test_an_answer_with_two_runs_reads_as_the_public_code_writes_it(encoder_for: EncoderFor) -> None:
