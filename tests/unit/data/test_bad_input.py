@@ -433,7 +433,7 @@ def test_for_ordinary_text_both_ways_give_the_same_ids(
     question: str, answer: str, encoder_for: Callable[..., Encoder]
 ) -> None:
     encoder = encoder_for("stage2", 3)
-    text = encoder._text(record_with(question.replace("<image>", ""), answer + "<output_image>" + answer))
+    text = encoder._text(record_with(question.replace("<image>", ""), answer + "<output_image>" + answer), 3)
     slow = encoder.literals.tokenize(text, {"<|im_end|>": "\U0010ffff"})
     assert slow == encoder.literals.tokenize(text, {}) == encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
 

@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 
 from mirage_ds.cli import cli
-from mirage_ds.config.flags import build_model
-from mirage_ds.config.run import RunConfig, read_yaml
+from mirage_ds.config.flags import build_model, read_yaml
+from mirage_ds.config.run import RunConfig
 from mirage_ds.data.pack import total_steps
 from mirage_ds.engine.ds_config import read_json
 from mirage_ds.errors import UserError

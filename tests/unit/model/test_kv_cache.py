@@ -304,7 +304,7 @@ def test_blocks_in_bf16_are_as_exact_as_sdpa_and_each_row_is_multiplied_with_its
     tables = [common + cache.take(cache.blocks(length + 1) - shared) for _ in range(n)]
     cache.write(0, *before.flatten(1, 2), cache.places(tables, [length] * n))
     with FlopCounterMode(display=False) as counter:
-        got = cache.step(tables, [length] * n).attend(q, *now, width**-0.5)
+        got = cache.step(tables, [length] * n, [()] * n).attend(q, *now, width**-0.5)
     # Two products of a query head with the tokens of each block.
     assert counter.get_total_flops() == 2 * 2 * sum(map(len, tables)) * cache.size * heads * width
     keys, values = torch.cat([before, now[:, :, None]], dim=2).transpose(2, 3)
