@@ -184,7 +184,7 @@ def test_every_setting_is_either_hashed_or_named_as_the_machines(
     monkeypatch.syspath_prepend(str(tmp_path))
     study, _ = opened(write_study(tmp_path, nano))
     node = next(iter(study.nodes.values()))
-    # Settings of adapters, columns, rl, own states, latents together and hidden images stand there only where there are such.
+    # Settings of adapters, columns, rl and how latents are made or seen stand there only where there are such.
     later = {name for name in RunConfig.model_fields if name.startswith("lora_")} | {
         "columns",
         "feed",
