@@ -57,12 +57,19 @@ def walked(plans: list[PassPlan], symbols: Symbols) -> dict[int, int]:
     return last
 
 
-def from_nothing(start: int, length: int, runs: Runs, together: int | None, symbols: Symbols) -> list[int]:
+def from_nothing(
+    start: int, length: int, runs: Runs, together: int | None, symbols: Symbols, hidden: list[int]
+) -> list[int]:
     """The states of one row: the whole row anew for each latent, or for each pass of a block."""
+    latents = [at for p, k in runs for at in range(p, p + k)]
 
     def states(inputs: list[Any]) -> list[int]:
         keys = [symbols.of(start + place, given) for place, given in enumerate(inputs)]
-        return [symbols.of(*keys[: place + 1]) for place in range(len(inputs))]
+        blind = [place > min(latents, default=length) and place not in latents for place in range(len(inputs))]
+        return [
+            symbols.of(*(key for at, key in enumerate(keys[: place + 1]) if not (blind[place] and at in hidden)))
+            for place in range(len(inputs))
+        ]
 
     inputs: list[Any] = [("embedding", start + place) for place in range(length)]
     for p, k in runs:
@@ -76,22 +83,24 @@ def from_nothing(start: int, length: int, runs: Runs, together: int | None, symb
     return states(inputs)
 
 
+@pytest.mark.parametrize("hides", [False, True])
 @pytest.mark.parametrize("together", [None, 0, 1, 2, 3, 4, 6])
-def test_states_of_last_runs_are_those_of_whole_passes(together: int | None) -> None:
+def test_states_of_last_runs_are_those_of_whole_passes(together: int | None, hides: bool) -> None:
     rng = random.Random(str(together))
     for _ in range(60):
         k = rng.randint(1, 4)
         rows = [row(rng, k) for _ in range(rng.randint(1, 4))]
         added = k if together is None else min(k, together)
         passes = 1 + added * max(len(runs) for _, runs in rows)
-        plans, symbols = (
-            schedule([length for length, _ in rows], [runs for _, runs in rows], passes, together),
-            Symbols(),
-        )
+        # Of the places before the first block, some.
+        firsts = [runs[0][0] if runs else length for length, runs in rows]
+        hidden = [rng.sample(range(first), rng.randint(0, first)) if hides else [] for first in firsts]
+        lengths, blocks = zip(*rows, strict=True)
+        plans, symbols = schedule(lengths, blocks, passes, together, hidden), Symbols()
         assert len(plans) == passes
         last, start = walked(plans, symbols), 0
-        for length, runs in rows:
-            wanted = from_nothing(start, length, runs, together, symbols)
+        for (length, runs), unseen in zip(rows, hidden, strict=True):
+            wanted = from_nothing(start, length, runs, together, symbols, unseen)
             assert [last[start + place] for place in range(length)] == wanted
             start += length
 
