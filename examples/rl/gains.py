@@ -8,9 +8,9 @@ Each file is one that `mirage-ds ablate report` wrote. Success on all maps of th
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 
+import click
 import pandas as pd
 
 from mirage_ds.study.report.statistics import sign_flip
@@ -33,7 +33,7 @@ def line(name: str, gains: pd.Series) -> str:
     return f"| {name} | {gains.mean():+.3f} ({low:+.3f} to {high:+.3f}) | {tests} | {each} |"
 
 
-def main(file: Path) -> None:
+def show(file: Path) -> None:
     """Print the table of one report."""
     rows = pd.read_csv(file).query("evaluation == 'test' and level == 'all'")
     scores = rows.pivot(index="seed", columns="arm", values="score")
@@ -47,6 +47,13 @@ def main(file: Path) -> None:
         print(line("gain of through − gain of text", (gains[first] - gains[second]).dropna()))
 
 
+@click.command()
+@click.argument("reports", nargs=-1, required=True, type=click.Path(path_type=Path))
+def main(reports: tuple[Path, ...]) -> None:
+    """Print a table for each report.csv."""
+    for one in reports:
+        show(one)
+
+
 if __name__ == "__main__":
-    for one in sys.argv[1:]:
-        main(Path(one))
+    main()
