@@ -24,6 +24,7 @@ from test_forward import (  # noqa: F401  # sharp and doubled are fixtures
     sharp,
 )
 from test_generate import World, assert_same, quickly, slowly, world_of
+from test_latent_passes import backward
 from torch.nn import functional
 
 from mirage_ds.analysis.bench import Bench
@@ -146,15 +147,7 @@ def test_loss_and_gradients_are_those_of_a_masked_row(
     gamma = 1.0 if stage == "stage2" else GAMMA
     batch = loaded.tower.attach(collate(samples, 2 * K + 1 if recurrent else 1, encoder.dummy(2 * recurrent)))
     for split in (False, True) if recurrent else (False,):
-        loaded.model.how.split = split
-        loaded.model.zero_grad()
-        sums = loaded.model(batch)
-        loss, _, _ = objective(sums, counts_of(samples), gamma, "sample")
-        loss.backward()
-        if sums.earlier is not None:
-            sums.earlier.backward()
-        loaded.model.layers.round.check()
-        assert abs(loss - wanted) <= 1e-5
+        assert abs(backward(loaded, batch, samples, gamma, split) - wanted) <= 1e-5
         assert_same_gradients(gradients(loaded.model), plain.gradients())
     # The row that has no image is the one without the mask; those with images are not.
     with torch.no_grad():
