@@ -87,7 +87,7 @@ FLOORS, ARROWS = 13, 126
 # 600: peers, checkpoints beside steps, lost hosts, chunks and kernels; continuous decoding.
 # 700: learned targets, how alike latents are.
 # 150: latents made together. 140: hidden images. 250: regions of the input, what makes a caption arm fair.
-README_LINES, DOC_WORDS = 150, 32_290
+README_LINES, DOC_WORDS = 150, 32_300
 # Not prose that somebody reads from the start: dated results, and what a command has made.
 NO_PROSE = {"log.md", "api.md", "study.md", "study_rl.md"}
 
