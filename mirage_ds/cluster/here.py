@@ -4,6 +4,7 @@ Imports no torch.
 """
 
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -12,6 +13,9 @@ from itertools import takewhile
 from typing import NamedTuple
 
 from mirage_ds.errors import UserError
+
+# Below the ports that Linux gives to connections by itself: one of those may be taken before the job listens.
+PORTS = range(15_000, 32_000)
 
 
 def visible_gpus(environment: Mapping[str, str]) -> list[str]:
@@ -51,9 +55,9 @@ def free_ports(wanted: int = 0) -> int:
             for one in (first, second):
                 # As torch and the guards do: what a job before has just closed is free.
                 one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, bool(wanted))
+            port = wanted or secrets.choice(PORTS)
             try:
-                first.bind(("", wanted))
-                port = int(first.getsockname()[1])
+                first.bind(("", port))
                 second.bind(("", port + 1))
             except (OSError, OverflowError) as error:
                 if wanted:

@@ -148,3 +148,10 @@ def test_ctrl_c_while_modules_are_imported_is_one_line(module: list[str], tmp_pa
         process.send_signal(signal.SIGINT)
         _, said = process.communicate()
     assert (process.returncode, said) == (EXIT_STOPPED, "stopped\n")
+
+
+def test_ports_of_a_job_are_none_that_the_kernel_gives_away_itself() -> None:
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="utf-8").split()[0])
+    given = [here.free_ports() for _ in range(20)]
+    assert max(given) + 1 < lowest
+    assert len(set(given)) > 1
