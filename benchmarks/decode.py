@@ -59,6 +59,7 @@ class Ours:
         import torch
 
         from mirage_ds.evaluate.prompts import prompts_of
+        from mirage_ds.model.choose import greedy
         from mirage_ds.model.generate import Limits, generate
 
         stop, other = self.tokens.stops
@@ -66,7 +67,7 @@ class Ours:
         def choose(logits: torch.Tensor, turns: Any) -> torch.Tensor:
             logits[:, [stop, other]] = -torch.inf
             ends = torch.tensor([turn.step + 1 == lengths[turn.row // each] for turn in turns])
-            return torch.where(ends, stop, logits.argmax(-1))
+            return torch.where(ends, stop, greedy(logits, turns))
 
         net, tower = self.decoder.loaded.model, self.decoder.tower
         prompts = prompts_of(net, tower, self.decoder.encoder, samples)._replace(answers=each)

@@ -74,7 +74,8 @@ def check_finite(logits: torch.Tensor, rows: Sequence[int] | torch.Tensor) -> No
 def greedy(logits: torch.Tensor, turns: Sequence[Turn]) -> torch.Tensor:
     """Choose the likeliest token of each row."""
     del turns
-    return logits.argmax(dim=-1)
+    # The first of equals, as argmax has it, which takes twice the time or more on a CPU.
+    return logits.max(dim=-1).indices
 
 
 def sampler(temperature: float, top_p: float, seeds: Sequence[int] | Mapping[int, int]) -> Chooser:
