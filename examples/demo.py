@@ -1,18 +1,17 @@
-"""The whole of mirage_ds in a few minutes on two CPU cores: data, a small model, three stages, export, evaluation.
+"""The whole of mirage_ds in ten minutes on two CPU cores: a small model that draws a path in its latents.
 
     python examples/demo.py --out runs/demo
 
-Builds VSP planning maps of levels 3 and 4 (real FrozenLake boards, pictures of 28 px a cell instead of the benchmark's
-64), trains a 1.3 M-parameter Qwen2.5-VL from nothing through sft → stage1 → stage2 with `deepspeed` on two ranks under
-ZeRO-3, and scores each stage on held-out maps. It shows that the parts work together; it is no comparison of methods:
-each stage goes on from the one before, so later rows have seen more steps.
+Builds FrozenLake boards of levels 3 and 4 (28 px a cell), and trains a Qwen2.5-VL of 1.4 M parameters from nothing on
+two ranks under ZeRO-3. It learns to read drawn paths, then to plan in stage1 and stage2. The last table shows how many
+held-out boards it solves with its own latents, with another map's and with none, and how many text alone solves after
+as many steps.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -22,47 +21,46 @@ from typing import Any, NamedTuple
 
 import click
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-    track,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 BINARIES = Path(sys.executable).parent
-LEVELS = (3, 4)
+READING_ROWS = Path(__file__).parent / "study2" / "reading_rows.py"
+CELL_PX, SEED, TOGETHER = 28, 42, 50
+LEARNS_TO_SEE = ("--train_vision", "--feature_cache", "off")
+NAMES = {"own": "its own", "swap": "another map's", "off": "none"}
 console = Console(highlight=False)
 
 
-class Stage(NamedTuple):
-    """One stage of the demo: optimizer steps, rows a step, peak learning rate."""
+class Training(NamedTuple):
+    """One training of the demo.
+
+    Attributes:
+        name: its folder's; start: the training whose model it goes on from; rows: the folder of its records.
+        learning_rate: at its peak.
+    """
 
     name: str
+    about: str
+    stage: str
+    start: str
+    rows: str
     steps: int
-    rows: int
     learning_rate: float
+    options: tuple[object, ...] = ()
 
 
-STAGES = (
-    Stage("sft", 600, 64, 1.5e-3),
-    Stage("stage1", 32, 64, 5e-4),
-    Stage("stage2", 150, 64, 1e-3),
+# see and read show another map's board: only the drawn path tells the answer. The others ask for a board's own path.
+TRAININGS = (
+    Training("see", "read a drawn path, a picture of the question", "sft", "nano", "shown", 180, 1.5e-3, LEARNS_TO_SEE),
+    Training(
+        *("read", "read a drawn path, as latents", "stage1", "see", "reading", 60, 1e-3),
+        options=(*LEARNS_TO_SEE, "--train_targets", "--ce_weight", 20),
+    ),
+    Training("stage1", "plan: latents learn from the drawn path", "stage1", "read", "train", 40, 1e-3),
+    Training("stage2", "plan: the model's own latents", "stage2", "stage1", "train", 340, 1e-3),
+    Training("text", "plan: text alone, as many steps", "sft", "read", "train", 380, 1e-3),
 )
-
-
-def run(title: str, command: Sequence[object]) -> None:
-    """Run a command, which shows its own progress; stop where it fails."""
-    started = time.perf_counter()
-    console.rule(title, align="left", style="dim")
-    code = subprocess.run([str(word) for word in command], env=environment(), check=False).returncode
-    if code:
-        console.print(f"{title} failed with exit code {code}")
-        sys.exit(code)
-    console.print(f"{time.perf_counter() - started:.0f} s", style="dim")
 
 
 def environment() -> dict[str, str]:
@@ -71,208 +69,179 @@ def environment() -> dict[str, str]:
     return {**defaults, **os.environ, "PATH": f"{BINARIES}{os.pathsep}{os.environ['PATH']}"}
 
 
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+def run(title: str, log: Path, *command: object) -> None:
+    """Run a command with its progress on the terminal and its tables in a log; stop where it fails."""
+    started = time.perf_counter()
+    with log.open("w") as file:
+        code = subprocess.run([str(word) for word in command], stdout=file, env=environment(), check=False).returncode
+    if code:
+        fail(title, code, log)
+    console.print(f"{title}: {time.perf_counter() - started:.0f} s")
 
 
-def train(stage: Stage, weights: Path, out: Path, data: Path, log: Path) -> None:
-    """Train one stage on two ranks, with a bar that follows the run's own log."""
+def fail(title: str, code: int, log: Path) -> None:
+    """Show the end of a log and stop."""
+    console.print(f"{title}: failed with exit code {code}; the end of {log}:")
+    console.print("\n".join(log.read_text().splitlines()[-15:]), markup=False)
+    sys.exit(code)
+
+
+def train(one: Training, out: Path) -> None:
+    """Train on two ranks, with a bar that follows the run's own log."""
     command = [
-        *(BINARIES / "deepspeed", "--num_accelerators", 2, "--master_port", free_port()),
-        *("--module", "mirage_ds.train", "--stage", stage.name, "--model", weights, "--data_path", data),
-        *("--save_model_path", out, "--max_steps", stage.steps, "--global_batch_size", stage.rows),
-        *("--learning_rate", stage.learning_rate, "--adam_beta2", 0.98, "--lr_scheduler", "linear"),
-        *("--warmup_steps", min(50, stage.steps // 5), "--save_every", stage.steps),
-        *("--feature_dir", out.parent / "features"),
-        # 1.3 M parameters leave room for every activation; a large model keeps checkpointing on.
-        "--no_gradient_checkpointing",
+        *(BINARIES / "mirage-ds", "train", "--ranks", 2, "--stage", one.stage, "--model", out / one.start),
+        *("--data_path", out / one.rows / "data.jsonl", "--save_model_path", out / one.name),
+        *("--max_steps", one.steps, "--global_batch_size", 64, "--learning_rate", one.learning_rate),
+        *("--adam_beta2", 0.98, "--lr_scheduler", "linear", "--warmup_steps", min(30, one.steps // 5)),
+        *("--save_every", one.steps, "--feature_dir", out / "features"),
+        # 1.4 M parameters leave room for every activation; a large model keeps checkpointing on.
+        *("--no_gradient_checkpointing", *one.options),
     ]
-    lines = out / "run" / "log.jsonl"
-    console.rule(f"training {stage.name}", align="left", style="dim")
+    lines, log = out / one.name / "run" / "log.jsonl", out / "logs" / f"{one.name}.log"
+    title = f"{one.name}: {one.about}"
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with log.open("w") as file, Progress(*columns, TimeRemainingColumn(), console=console) as bar:
-        task = bar.add_task("reading rows, encoding images", total=None)
+        task = bar.add_task(title, total=one.steps)
         words = [str(word) for word in command]
         with subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, env=environment()) as process:
             while process.poll() is None:
                 time.sleep(0.5)
-                if lines.is_file() and (done := lines.read_text().count("\n")):
-                    bar.update(task, description="optimizer steps", completed=done, total=stage.steps)
+                if lines.is_file():
+                    bar.update(task, completed=lines.read_text().count("\n"))
     if process.returncode:
-        console.print(f"training {stage.name} failed with exit code {process.returncode}; the end of {log}:")
-        console.print("\n".join(log.read_text().splitlines()[-15:]), markup=False)
-        sys.exit(process.returncode)
+        fail(title, process.returncode, log)
 
 
-def losses(folder: Path) -> tuple[list[int], list[float]]:
-    """Read the steps and cross-entropies of a run."""
-    records = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
-    return [record["step"] for record in records], [record["ce"] for record in records]
+def build(out: Path, count: int, test_count: int) -> None:
+    """Build the records and the random model."""
+    mirage, logs = BINARIES / "mirage-ds", out / "logs"
+    style = ("--levels", "3,4", "--cell_size", CELL_PX, "--prompt", "short")
+    planning = (mirage, "data", "build", "vsp-spatial-planning", *style)
+    train, read, shown = out / "train" / "data.jsonl", out / "reading", out / "shown"
+    drawn = ("--out", train.parent, "--count", count, "--proportions", "1,24")
+    run(f"{count} boards with their path drawn", logs / "train.log", *planning, *drawn)
+    held_out = ("--count", test_count, "--proportions", "1,4", "--split", "test")
+    run(f"{test_count} held-out boards", logs / "test.log", *planning, "--out", out / "test", *held_out)
+    join = (sys.executable, READING_ROWS, train, "--out", read)
+    run("each drawn path beside another map's board", logs / "reading.log", *join)
+    vary = (mirage, "data", "vary", "helper-input", read / "data.jsonl", "--out", shown)
+    run("the same with the drawn path as a picture of the question", logs / "shown.log", *vary)
+    model = ("--preset", "nano-untied", "--out", out / "nano", "--text", train)
+    run("a random Qwen2.5-VL of 1.4 M parameters", logs / "nano.log", mirage, "init", *model)
 
 
-def draw(out: Path, stages: Sequence[Stage]) -> Path:
-    """Draw the cross-entropy of all stages, one behind the other."""
+def measure(out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Answer the held-out boards: with each kind of latents, and with text alone."""
+    mirage, logs = BINARIES / "mirage-ds", out / "logs"
+    (steps,) = (one.steps for one in TRAININGS if one.name == "stage2")
+    last = out / "stage2" / "run" / "checkpoints" / f"global_step{steps}"
+    run("export of the last sharded checkpoint", logs / "export.log", mirage, "export", last, out / "exported")
+    given = ("--data_path", out / "test" / "data.jsonl", "--max_new_tokens", 48, "--batch_size", TOGETHER)
+    how = ("--latents", ",".join(NAMES), "--seed", SEED, "--out", out / "controls.json")
+    run("answers with each kind of latents", logs / "controls.log", mirage, "controls", out / "exported", *given, *how)
+    plain = ("--no_latents", "--out", out / "text.json")
+    run("answers with text alone", logs / "text_scores.log", mirage, "evaluate", out / "text", *given, *plain)
+    return json.loads((out / "controls.json").read_text()), json.loads((out / "text.json").read_text())
+
+
+def show(controls: dict[str, Any], text: dict[str, Any], test: Path) -> None:
+    """Print the table, and what it says."""
+    from mirage_ds.data.record_files import read_records
+    from mirage_ds.study.collect import best_constant
+
+    best = best_constant(read_records(test), None)
+    table = Table("latents", "steps", f"solved of {len(best)} held-out boards", title="Do the latents matter?")
+    steps = {one.name: one.steps for one in TRAININGS}
+    base, planning = steps["see"] + steps["read"], steps["stage1"] + steps["stage2"]
+    found = {name: controls["conditions"][name]["score"] for name in NAMES}
+    for name, score in found.items():
+        share = f"{score['mean']:.2f} ({score['low']:.2f}–{score['high']:.2f})"
+        table.add_row(NAMES[name], f"{base} + {planning}", share)
+    alone = text["all"]
+    share = f"{alone['success']:.2f} ({alone['low']:.2f}–{alone['high']:.2f})"
+    table.add_row("text alone", f"{base} + {steps['text']}", share)
+    table.add_row("the best constant answer", "–", f"{sum(best) / len(best):.2f}")
+    console.print(table)
+    lost = controls["conditions"]["swap"]["score_difference"]
+    depend = "depend" if lost["high"] < 0 else "do not depend"
+    console.print(
+        f"Another map's latents cost {-100 * lost['mean']:.0f} points ({-100 * lost['high']:.0f} to "
+        f"{-100 * lost['low']:.0f}): this model's answers {depend} on what is in its latents. That latents carry the "
+        f"answer does not show that they help: text alone solves {alone['success']:.2f}.\n"
+        "One model and one seed; in brackets 95 % intervals."
+    )
+
+
+def clearest(answers: Sequence[dict[str, Any]], partners: Sequence[int]) -> int:
+    """Return the place of an answer that is right, and with its partner's latents is the partner's answer."""
+
+    def clearness(place: int) -> tuple[bool, bool, int]:
+        own, swap, others = answers[place]["own"], answers[place]["swap"], answers[partners[place]]["own"]
+        follows = swap["text"] == others["text"] != own["text"]
+        return own["metrics"]["success"] and follows, others["metrics"]["success"], own["metrics"]["moves"]
+
+    return max(range(len(answers)), key=clearness)
+
+
+def draw(controls: dict[str, Any], test: Path, picture: Path) -> None:
+    """Draw a board answered with its own latents and with another map's, and that map."""
     import matplotlib
+
+    from mirage_ds.analysis.controls.conditions import choose_partners
+    from mirage_ds.data.record_files import read_records
+    from mirage_ds.tasks.boxed import last_boxed
+    from mirage_ds.tasks.maps import follow, parse_board
+    from mirage_ds.tasks.render import red_path, render
+    from mirage_ds.tasks.vsp_planning import read_moves
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    start = 0
-    # Okabe and Ito's colours, told apart by colour-blind readers too.
-    for stage, colour in zip(stages, ("#0072B2", "#E69F00", "#009E73"), strict=True):
-        steps, values = losses(out / stage.name)
-        axes.plot([start + step for step in steps], values, color=colour, linewidth=1, label=stage.name)
-        start += len(steps)
-    axes.set(xlabel="optimizer steps, all stages", ylabel="cross-entropy per row", yscale="log")
-    axes.set_title("VSP planning, levels 3 and 4: sft → stage1 → stage2")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    picture = out / "loss.png"
+    records = read_records(test)
+    boards = [parse_board(record.extra["map_desc"], str(test)) for record in records]
+    answers = [one["conditions"] for one in controls["answers"]]
+    partners = choose_partners(records, SEED)
+
+    shown = clearest(answers, partners)
+    other = partners[shown]
+    figure, axes = pyplot.subplots(1, 3, figsize=(9, 3.9), layout="constrained")
+    panels = (
+        (f"board {shown + 1}, with its own latents", shown, answers[shown]["own"]),
+        (f"board {shown + 1}, with board {other + 1}'s latents", shown, answers[shown]["swap"]),
+        (f"board {other + 1}, with its own latents", other, answers[other]["own"]),
+    )
+    for axis, (title, place, answer) in zip(axes, panels, strict=True):
+        cells = follow(boards[place], read_moves(last_boxed(answer["text"]) or ""))
+        axis.imshow(red_path(render(boards[place]), cells))
+        axis.set(title=title, xticks=[], yticks=[], xlabel="solved" if answer["metrics"]["success"] else "not solved")
+    figure.suptitle("Red: the path of the model's answer")
     figure.savefig(picture, dpi=120)
-    return picture
-
-
-def best_constant(boards: Sequence[Any], longest: int = 6) -> tuple[list[str], float]:
-    """Find the one answer that solves most boards: what a model scores that never looks at the map.
-
-    Args:
-        longest: moves of the answer at most; every one of the 4 + 16 + … answers is tried.
-
-    Returns:
-        The moves, and the share of boards they solve.
-    """
-    from mirage_ds.tasks.maps import GOAL, HOLE, MOVES, START, find, step, tile
-
-    best: tuple[list[str], int] = ([], 0)
-
-    def extend(moves: list[str], places: list[tuple[Any, tuple[int, int]]]) -> None:
-        nonlocal best
-        # Only boards on which no hole was met are still here.
-        solved = sum(tile(board, cell) == GOAL for board, cell in places)
-        if moves and solved > best[1]:
-            best = (moves, solved)
-        if len(moves) < longest:
-            for move in MOVES:
-                after = [(board, step(board, cell, move)) for board, cell in places]
-                extend([*moves, move], [(board, cell) for board, cell in after if tile(board, cell) != HOLE])
-
-    extend([], [(board, find(board, START)) for board in boards])
-    return best[0], best[1] / max(1, len(boards))
-
-
-def constant_scores(test: Path) -> dict[str, tuple[float, int]]:
-    """Score the best answer that never looks at the map, per level; with the number of maps."""
-    from mirage_ds.tasks.maps import parse_board
-
-    boards: dict[str, list] = {}
-    for line in test.read_text().splitlines():
-        board = parse_board(json.loads(line)["map_desc"], str(test))
-        boards.setdefault(str(len(board)), []).append(board)
-    return {level: (best_constant(found)[1], len(found)) for level, found in boards.items()}
-
-
-def score(folder: Path, test: Path, latents: bool, title: str) -> dict[str, Any]:
-    """Answer the held-out maps and score the answers, as `mirage-ds evaluate` does."""
-    from functools import partial
-
-    from mirage_ds.data.images import ImageFinder
-    from mirage_ds.evaluate.decoder import load_decoder
-    from mirage_ds.evaluate.report import evaluate_file, write_report
-    from mirage_ds.evaluate.spec import EvaluateSpec
-
-    decoder = load_decoder(folder, ImageFinder.beside(test, None), latents=latents)
-    bar = partial(track, description=title, console=console)
-    scores = evaluate_file(decoder, EvaluateSpec(data_path=test, max_new_tokens=48, batch_size=50), bar)
-    write_report(scores, folder / "scores.json")
-    return scores
-
-
-def show_answers(folder: Path, test: Path, scores: dict[str, Any]) -> None:
-    """Ask two maps again, one that the model solves and one that it does not, and print the answers whole."""
-    from mirage_ds import load
-
-    model = load(folder)
-    records = [json.loads(line) for line in test.read_text().splitlines()]
-    for title, solved in (("the longest way that it finds", True), ("the longest way that is wrong", False)):
-        found = [one for one in scores["answers"] if one["metrics"]["success"] is solved]
-        if not found:
-            continue
-        at = max(found, key=lambda one: one["metrics"]["moves"])["row"]
-        record, picture = records[at], test.parent / records[at]["image_input"]
-        answer = model.generate(record["text_input"], [picture], max_new_tokens=48)
-        console.rule(title, align="left", style="dim")
-        for name, text in (
-            ("question", record["text_input"]),
-            ("picture", picture),
-            ("answer", answer.marked),
-            ("a right one", record["text_output"]),
-        ):
-            # A terminal that finds a picture's path in one piece can open it.
-            console.print(f"{name:14}{str(text).strip()}", markup=False, soft_wrap=True)
 
 
 @click.command()
 @click.option("--out", default="runs/demo", show_default=True, type=click.Path(path_type=Path))
-@click.option("--count", default=10_000, show_default=True, help="Training maps.")
-@click.option("--test_count", default=200, show_default=True, help="Held-out maps.")
+@click.option("--count", default=6_000, show_default=True, help="Training boards.")
+@click.option("--test_count", default=200, show_default=True, help="Held-out boards.")
 def main(out: Path, count: int, test_count: int) -> None:
     """Run the demo into a new folder."""
     started = time.perf_counter()
     if out.exists():
         console.print(f"{out} exists already: remove it, or choose another --out")
         sys.exit(2)
-    logs = out / "logs"
-    logs.mkdir(parents=True)
-    mirage = BINARIES / "mirage-ds"
-    build = (mirage, "data", "build", "vsp-spatial-planning", "--levels", "3,4")
-    style = ("--cell_size", 28, "--prompt", "short")
-    train_data, test_data = out / "train" / "data.jsonl", out / "test" / "data.jsonl"
-    arguments = ("--out", out / "train", "--count", count, "--proportions", "1,24", *style)
-    run(f"building {count} training maps", (*build, *arguments))
-    arguments = ("--out", out / "test", "--count", test_count, "--proportions", "1,4", "--split", "test", *style)
-    run(f"building {test_count} held-out maps", (*build, *arguments))
-    arguments = ("--preset", "nano", "--out", out / "nano", "--text", train_data)
-    run("a random Qwen2.5-VL of 1.3 M parameters", (mirage, "init", *arguments))
-
-    weights = out / "nano"
-    for stage in STAGES:
-        train(stage, weights, out / stage.name, train_data, logs / f"{stage.name}.log")
-        weights = out / stage.name
-    exported = out / "exported"
-    checkpoint = weights / "run" / "checkpoints" / f"global_step{STAGES[-1].steps}"
-    run("export of the last sharded checkpoint", (mirage, "export", checkpoint, exported))
-
-    console.rule(f"answering {test_count} held-out maps", align="left", style="dim")
-    table = Table(
-        "after", "steps so far", *(f"level {level}" for level in LEVELS), "all", title="success on held-out maps"
-    )
-    constant = constant_scores(test_data)
-    mean = sum(share * count for share, count in constant.values()) / test_count
-    table.add_row("best constant answer", "–", *(f"{constant[str(level)][0]:.2f}" for level in LEVELS), f"{mean:.2f}")
-    steps = 0
-    for stage in STAGES:
-        steps += stage.steps
-        folder = exported if stage is STAGES[-1] else out / stage.name
-        scores = score(folder, test_data, latents=stage.name != "sft", title=stage.name)
-        rows = [scores["levels"][str(level)] for level in LEVELS] + [scores["all"]]
-        cells = [f"{row['success']:.2f} ({row['low']:.2f}–{row['high']:.2f})" for row in rows]
-        table.add_row(stage.name, str(steps), *cells)
-    picture = draw(out, STAGES)
-    console.print(table)
-    console.print(
-        "A smoke test of the parts, no comparison of methods: each row goes on from the one above and has seen more "
-        "steps. Real maps at 28 px a cell, not the benchmark's picture size; in brackets Wilson's 95 % interval."
-    )
-    show_answers(exported, test_data, scores)
-    console.rule(style="dim")
-    console.print(f"run folders   {out}/sft, stage1, stage2 (settings, logs and checkpoints in run/)")
-    console.print(f"final model   {exported}")
-    console.print(f"TensorBoard   tensorboard --logdir {out}")
-    console.print(f"loss curves   {picture}")
+    (out / "logs").mkdir(parents=True)
+    test, picture = out / "test" / "data.jsonl", out / "latents.png"
+    console.rule("data and a random model", align="left", style="dim")
+    build(out, count, test_count)
+    console.rule("training on two ranks", align="left", style="dim")
+    for one in TRAININGS:
+        train(one, out)
+    console.rule(f"{test_count} held-out boards", align="left", style="dim")
+    controls, text = measure(out)
+    draw(controls, test, picture)
+    show(controls, text, test)
+    console.print(f"one board, two sets of latents   {picture}")
+    console.print(f"the model                        {out}/exported")
+    console.print(f"TensorBoard                      tensorboard --logdir {out}")
     console.print(f"{time.perf_counter() - started:.0f} s in all")
 
 
