@@ -336,7 +336,7 @@ WRONG = {
     "sbatch --nodes 4 launch/slurm.sbatch --config run.yaml --nodes 4": "No such option",
     "python -m benchmarks.step --preset bench-88m": "bench-88m",
     "python -m benchmarks.stpe": "no module",
-    "python examples/controls.py --outt x": "No such option",
+    "python examples/demo.py --outt x": "No such option",
     "python -m pytest tests/nowhere": "no tests/nowhere",
     "make dmeo": "no dmeo",
     'pip install -e ".[vps]"': "no extra",
