@@ -18,7 +18,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -33,6 +32,8 @@ import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from mirage_ds.cluster.here import free_ports
 
 BINARIES = Path(sys.executable).parent
 # Of each stage.
@@ -82,13 +83,6 @@ def environment() -> dict[str, str]:
     return {**kept, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
 def make_inputs(job: Job) -> None:
     """Build the maps and the model; in rl it says that stage2 has made it, so that its answers may have latents."""
     out = job.out
@@ -110,7 +104,7 @@ def make_inputs(job: Job) -> None:
 def start(job: Job, run: Path, log: Path, quota: bool = False, beside: bool = False) -> subprocess.Popen[bytes]:
     """Start the training command of a run; it continues where it can. `beside`: with --async_save."""
     out, ranks = job.out, job.ranks
-    launch = (BINARIES / "deepspeed", "--num_accelerators", ranks, "--master_port", free_port(), "--module")
+    launch = (BINARIES / "deepspeed", "--num_accelerators", ranks, "--master_port", free_ports(), "--module")
     command = [
         *(launch if ranks > 1 else (sys.executable, "-m")),
         *("mirage_ds.train", "--stage", job.stage, "--data_path", out / "data/data.jsonl", "--latent_size", LATENTS),

@@ -38,9 +38,9 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.chaos import free_port
 from benchmarks.scaling import Grid
 from benchmarks.step import ROOT, described
+from mirage_ds.cluster.here import free_ports
 
 RECIPES = ("zero0", "zero1", "zero2", "zero3", "zero3_kept")
 STAGES = (("sft", 0), ("stage1", 4), ("stage2", 1), ("stage2", 4), ("stage2", 8))
@@ -213,7 +213,7 @@ class Side:
             lr_scheduler="constant", feature_cache="all", cache_dir=tree.folder / f"cache-{tree.name}",
             deepspeed=tree.recipe(case.recipe), report_to=["none"],
         )  # fmt: skip
-        place = dict(WORLD_SIZE=case.ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+        place = dict(WORLD_SIZE=case.ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_ports())
         self.pipes = []
         for rank in range(case.ranks):
             own = {key: str(value) for key, value in (place | dict(RANK=rank, LOCAL_RANK=rank)).items()}

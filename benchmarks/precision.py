@@ -277,10 +277,10 @@ def make_inputs(out: Path, rows: int) -> None:
 
 def train_all(out: Path, stage: str, count: int, jobs: list[Job], console: Console) -> list[Found]:
     """Run all jobs on two ranks, with a bar."""
-    from benchmarks.chaos import free_port
+    from mirage_ds.cluster.here import free_ports
 
     context = multiprocessing.get_context("spawn")
-    answers, port = context.Queue(), free_port()
+    answers, port = context.Queue(), free_ports()
     arguments = (out / "nano", out, stage, count, jobs, answers)
     ranks = [context.Process(target=work, args=(rank, port, *arguments), daemon=True) for rank in range(RANKS)]
     for rank in ranks:

@@ -396,10 +396,10 @@ class Side:
     """The processes of one kind, told to step one after another."""
 
     def __init__(self, kind: str, case: Case, work: Workload, out: Path, steps: int):
-        from benchmarks.chaos import free_port
+        from mirage_ds.cluster.here import free_ports
 
         out.mkdir(parents=True)
-        context, port = multiprocessing.get_context("spawn"), free_port()
+        context, port = multiprocessing.get_context("spawn"), free_ports()
         self.kind, self.ranks, self.told = kind, [], []
         for rank in range(case.ranks if kind == "product" else 1):
             mine, theirs = context.Pipe()

@@ -146,7 +146,7 @@ def work(rank: int, port: int, model: Path, out: Path, answers: Any) -> None:
 @click.option("--markdown", is_flag=True, help="Print Markdown.")
 def main(markdown: bool) -> None:
     """Print elements over Ψ of both micro-steps of one optimizer step, counted and computed."""
-    from benchmarks.chaos import free_port
+    from mirage_ds.cluster.here import free_ports
     from mirage_ds.model.init import init_model
 
     os.environ |= dict(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
@@ -155,7 +155,7 @@ def main(markdown: bool) -> None:
         out = Path(folder)
         init_model("nano", out / "nano", texts=[SAMPLE])
         model = sizes(read_shape(str(out / "nano")))
-        answers, port = context.Queue(), free_port()
+        answers, port = context.Queue(), free_ports()
         ranks = [context.Process(target=work, args=(r, port, out / "nano", out, answers)) for r in range(RANKS)]
         for rank in ranks:
             rank.start()

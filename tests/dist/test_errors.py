@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.group import free_port
+
+from mirage_ds.cluster.here import free_ports
 
 BIN = Path(sys.executable).parent
 LIMIT_S = 90
@@ -20,7 +21,7 @@ def outcome(arguments: list, folder: Path, ranks: int) -> tuple[int, str]:
     """Start the trainer as a user does; exit code and all it said."""
     command = [sys.executable, "-m", "mirage_ds.train", *map(str, arguments)]
     if ranks > 1:
-        launcher = [BIN / "deepspeed", "--num_accelerators", ranks, "--master_port", free_port()]
+        launcher = [BIN / "deepspeed", "--num_accelerators", ranks, "--master_port", free_ports()]
         command = [*map(str, launcher), "--module", "mirage_ds.train", *map(str, arguments)]
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     environment = {key: value for key, value in os.environ.items() if key not in names}

@@ -20,11 +20,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from support.group import Group, free_port
+from support.group import Group
 from support.on_disk import lines_of
 from torch.profiler import ProfilerActivity, profile
 
 from mirage_ds import train
+from mirage_ds.cluster.here import free_ports
 from mirage_ds.config.run import RunConfig
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record_files import scan
@@ -376,7 +377,7 @@ def launch(*words: object) -> tuple[int, str]:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     environment = {key: value for key, value in os.environ.items() if key not in names}
     environment["PATH"] = f"{here}{os.pathsep}{environment['PATH']}"
-    launcher = [here / "deepspeed", "--num_accelerators", 2, "--master_port", free_port(), "--module"]
+    launcher = [here / "deepspeed", "--num_accelerators", 2, "--master_port", free_ports(), "--module"]
     command = [*map(str, launcher), "mirage_ds.evaluate", *map(str, words)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
     return done.returncode, done.stdout + done.stderr

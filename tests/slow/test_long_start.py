@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from mirage_ds.cluster.here import free_ports
 from mirage_ds.config.run import RunConfig
 from mirage_ds.run.records import index_beforehand
 
@@ -44,12 +44,9 @@ class Job:
         self, cache: Path, out: Path, nano: Path, mixed: Path, seconds: tuple[float, float], bound: float = 600
     ):
         self.cache = cache
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         settings = dict(model=nano, data_path=mixed, save_model_path=out, cache_dir=cache, stage="sft", max_steps=1)
         words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "BOUND_SECONDS": str(bound)}
+        place = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_ports()), BOUND_SECONDS=str(bound))
         self.ranks = [
             subprocess.Popen(
                 [sys.executable, "-c", SLOW, *words, "--global_batch_size", "2", "--num_workers", "0"],

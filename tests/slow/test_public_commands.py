@@ -6,13 +6,14 @@ import json
 import math
 import os
 import shlex
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from statistics import mean
 
 import pytest
+
+from mirage_ds.cluster.here import free_ports
 
 DATA = Path(__file__).parents[2] / "data"
 STAGE1 = (
@@ -28,13 +29,10 @@ STAGE2 = (
 
 
 def launch(command: str, folder: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     binaries = Path(sys.executable).parent
-    launcher = [binaries / "deepspeed", "--num_accelerators", 2, "--master_port", port, "--module", "mirage_ds.train"]
+    launcher = [binaries / "deepspeed", "--num_accelerators", 2, "--master_port", free_ports()]
     environment = os.environ | {"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
-    words = [*map(str, launcher), *shlex.split(command)]
+    words = [*map(str, launcher), "--module", "mirage_ds.train", *shlex.split(command)]
     done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 

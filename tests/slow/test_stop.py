@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from mirage_ds.cluster.here import free_ports
 
 LIMIT_S = 120
 REPO = Path(__file__).parents[2]
@@ -24,13 +25,23 @@ class Job:
     """A launched training run."""
 
     def __init__(self, out: Path, model: Path, data: Path):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         binaries = Path(sys.executable).parent
         command = [
-            *(binaries / "deepspeed", "--num_accelerators", 2, "--master_port", port, "--module", "mirage_ds.train"),
-            *("--model", model, "--stage", "sft", "--data_path", data, "--save_model_path", out, "--resume", "auto"),
+            *(binaries / "deepspeed", "--num_accelerators", 2, "--master_port", free_ports()),
+            *(
+                "--module",
+                "mirage_ds.train",
+                "--model",
+                model,
+                "--stage",
+                "sft",
+                "--data_path",
+                data,
+                "--save_model_path",
+                out,
+                "--resume",
+                "auto",
+            ),
             *(
                 "--epochs",
                 STEPS,
@@ -90,10 +101,6 @@ def by_file(job: Job) -> None:
     (job.out / "run/stop").touch()
 
 
-def by_signal(number: signal.Signals, rank: int) -> Callable[[Job], None]:
-    return lambda job: os.kill(job.rank(rank), number)
-
-
 def to_all(job: Job) -> None:
     """As a scheduler does: every process of the job but the launchers, workers too."""
     for rank in (0, 1):
@@ -109,10 +116,9 @@ def to_launcher(job: Job) -> None:
     os.kill(int(status.rsplit(")", 1)[1].split()[1]), signal.SIGTERM)
 
 
-# The launcher has its own code once it is signalled.
-WAYS = (
+# The launcher has its own code once it is signalled. Where one rank alone is asked: tests/dist/test_reliability.py.
+WAYS: tuple[tuple[str, Callable[[Job], None], int], ...] = (
     ("stop file", by_file, 75),
-    ("SIGUSR1 to rank 1", by_signal(signal.SIGUSR1, 1), 75),
     ("SIGTERM to every rank and worker", to_all, 75),
     ("SIGTERM to the launcher", to_launcher, 1),
 )

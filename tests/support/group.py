@@ -14,7 +14,6 @@ import importlib
 import logging
 import multiprocessing
 import os
-import secrets
 import signal
 import socket
 import sys
@@ -26,6 +25,8 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import psutil
+
+from mirage_ds.cluster.here import free_ports
 
 TIMEOUT_S = 60
 # Once one rank has failed, the others get this long before they are taken to wait for it.
@@ -49,16 +50,6 @@ IMPORTED = (
     "transformers.models.qwen2_vl.image_processing_pil_qwen2_vl",
     "mirage_ds.train",
 )
-
-
-def free_port() -> int:
-    """Find a port that is free as the next one is, for guards; below those that the kernel hands to connections."""
-    while True:
-        port = 10000 + 2 * secrets.randbelow(11000)
-        with socket.socket() as one, socket.socket() as other, contextlib.suppress(OSError):
-            one.bind(("127.0.0.1", port))
-            other.bind(("127.0.0.1", port + 1))
-            return port
 
 
 def _serve(pipe: Connection, rank: int, size: int, port: int, environment: dict[str, str]) -> None:
@@ -176,7 +167,7 @@ class Group:
         self.ranks: list[tuple[psutil.Process, Connection]] = []
 
     def start(self) -> None:
-        port = free_port()
+        port = free_ports()
         for rank in range(self.size):
             process, pipe = _fresh_rank() if self.fresh else template().rank()
             pipe.send((rank, self.size, port, dict(os.environ)))

@@ -23,7 +23,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from support.group import free_port
 
 from mirage_ds.cli import main
 from mirage_ds.cluster.doctor import bandwidth, check_run, checks
@@ -36,6 +35,7 @@ from mirage_ds.cluster.doctor.transport import Answer, _skew, local
 from mirage_ds.cluster.environment import parse
 from mirage_ds.cluster.guard import judge as guard_judge
 from mirage_ds.cluster.guard.wire import Bounds, Client
+from mirage_ds.cluster.here import free_ports
 from mirage_ds.cluster.hosts import Host
 from mirage_ds.errors import UserError
 
@@ -493,7 +493,7 @@ def test_the_guards_words_are_those_that_are_looked_for() -> None:
     late = guard_judge.judge([guard_judge.Member(0, "a", 20.0)], 4, bounds, 0.0, 20.0)
     assert late is not None
     assert ABSENT.endswith(late.lines[-1].replace("1, 2, 3", "2, 3"))
-    client = Client("127.0.0.1", free_port(), "j", 1, Bounds(gather=0.2))
+    client = Client("127.0.0.1", free_ports(), "j", 1, Bounds(gather=0.2))
     asyncio.run(client.run(lambda message: None))
     assert client.verdict is not None
     assert bandwidth.UNREACHED in client.verdict.lines[-1]

@@ -19,13 +19,13 @@ from typing import Any
 import psutil
 import pytest
 from safetensors import safe_open
-from support.group import free_port
 
 from mirage_ds.cluster.doctor import probe, transport
 from mirage_ds.cluster.doctor.bandwidth import SOURCE, measure
 from mirage_ds.cluster.doctor.examine import find_job, slurm_hosts
 from mirage_ds.cluster.doctor.spec import DoctorSpec
 from mirage_ds.cluster.doctor.transport import ask_all
+from mirage_ds.cluster.here import free_ports
 from mirage_ds.cluster.hosts import Host
 from mirage_ds.errors import UserError
 
@@ -366,7 +366,7 @@ def test_when_one_of_several_that_work_together_fails_the_others_are_not_waited_
 @contextmanager
 def started_ranks(limit_s: float = 60) -> Iterator[subprocess.Popen[str]]:
     """What starts a host's two ranks, which wait for one that never comes."""
-    asked = {"slots": [2, 1], "number": 0, "master_addr": "127.0.0.1", "master_port": free_port(), "cwd": "/"}
+    asked = {"slots": [2, 1], "number": 0, "master_addr": "127.0.0.1", "master_port": free_ports(), "cwd": "/"}
     with subprocess.Popen(transport.local("a"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as starter:
         assert starter.stdin
         starter.stdin.write(f"{json.dumps(SOURCE)}\n{json.dumps({**asked, 'limit_s': limit_s})}\n")
@@ -403,7 +403,7 @@ def test_ranks_end_with_who_asked_for_them(how: str) -> None:
 def test_two_ranks_measure() -> None:
     """Real ranks on gloo, both on this machine."""
     hosts = [Host("a", 1), Host("b", 1)]
-    found = measure(hosts, transport.local, "127.0.0.1", free_port(), str(ROOT))
+    found = measure(hosts, transport.local, "127.0.0.1", free_ports(), str(ROOT))
     assert found.faults == {}
     assert found.all_reduce > 1e6
     assert found.all_gather > 1e6
@@ -419,7 +419,7 @@ def test_a_rank_that_does_not_come_is_named() -> None:
         fast = f"import mirage_ds.cluster.doctor.bandwidth as r; r.BOUNDS['gather'] = 5; {transport.LOADER}"
         return [sys.executable, "-c", fast if host == "a" else "import time; time.sleep(60)"]
 
-    found = measure(hosts, reach, "127.0.0.1", free_port(), str(ROOT)).faults
+    found = measure(hosts, reach, "127.0.0.1", free_ports(), str(ROOT)).faults
     assert found.keys() == {"b"}, found
     assert "rank(s) 1 of 2 did not start within 5 s" in found["b"][0]
 

@@ -17,21 +17,12 @@ import pytest
 
 from mirage_ds.cluster.guard.watch import die_with
 from mirage_ds.cluster.guard.wire import EXIT_HANG
+from mirage_ds.cluster.here import free_ports
 from mirage_ds.errors import EXIT_LOST, EXIT_STOPPED, EXIT_USER_ERROR
 
 ROOT = Path(__file__).parents[3]
 BOUNDS = ("--gather", "15", "--silence", "4", "--start", "15", "--hang", "3", "--grace", "1")
 LIMIT_S = 30
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 class Ranks:
@@ -40,7 +31,8 @@ class Ranks:
     def __init__(self, out: Path, *arguments: str, size: int = 2, alone: tuple[str, ...] = ()):
         self.out = out
         out.mkdir()
-        port, master_port = free_ports(2)
+        master_port = free_ports()
+        port = master_port + 1
         guard = (
             sys.executable,
             "-m",
@@ -185,7 +177,8 @@ def test_a_rank_is_not_started_by_a_guard_that_has_ended(parent: int, code: int,
 
 
 def test_a_taken_port_and_another_jobs_port_are_one_sentence(tmp_path: Path) -> None:
-    port, master_port = free_ports(2)
+    master_port = free_ports()
+    port = master_port + 1
     place = dict(world_size=2, local_rank=0, master_addr="127.0.0.1", master_port=master_port)
     with socket.create_server(("", port)):
         taken = alone(port, "mine", rank=0, **place)
@@ -205,7 +198,8 @@ def test_a_taken_port_and_another_jobs_port_are_one_sentence(tmp_path: Path) -> 
 
 
 def test_a_rank_that_is_asked_to_stop_while_it_still_imports_has_stopped(tmp_path: Path) -> None:
-    port, master_port = free_ports(2)
+    master_port = free_ports()
+    port = master_port + 1
     (tmp_path / "dozer.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(100)\n")
     place = dict(rank=0, world_size=1, local_rank=0, master_addr="127.0.0.1", master_port=master_port)
     started = alone(port, "mine", module="dozer", pythonpath=f"{tmp_path}{os.pathsep}{ROOT}", **place)
@@ -226,7 +220,7 @@ def test_a_guard_of_any_rank_says_what_is_wrong_with_its_command() -> None:
 @pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_before_any_rank_is_there_is_one_line(asked: int) -> None:
     """A launcher that takes its time, and a hub that nobody has opened yet."""
-    (port,) = free_ports(1)
+    port = free_ports()
     guard = [sys.executable, "-m", "mirage_ds.cluster.guard.launch", "--master", "127.0.0.1", "--port", str(port)]
     program = "import time; print('there', flush=True); time.sleep(60)"
     with subprocess.Popen(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import resource
-import socket
 import time
 from collections.abc import Iterator
 
@@ -13,6 +12,7 @@ import pytest
 
 from mirage_ds.cluster.guard.hub import SPARE_FILES, Hub
 from mirage_ds.cluster.guard.wire import Bounds, Client, Verdict
+from mirage_ds.cluster.here import free_ports
 from mirage_ds.errors import UserError
 
 SIZE = 1200
@@ -63,10 +63,7 @@ async def _run(port: int, fail: int | None) -> tuple[Verdict, set[Verdict | None
 
 @pytest.mark.parametrize("fail", [None, 777])
 def test_a_thousand_ranks_hear_one_verdict(fail: int | None, few_files: None) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    verdict, heard, seconds = asyncio.run(_run(port, fail))
+    verdict, heard, seconds = asyncio.run(_run(free_ports(), fail))
     assert heard == {verdict}
     assert verdict.code == (0 if fail is None else 3)
     if fail is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -13,6 +12,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
+from mirage_ds.cluster.here import free_ports
 from mirage_ds.engine import waiting
 from mirage_ds.engine.waiting import Waiting
 from mirage_ds.errors import EXIT_LOST, UserError
@@ -36,9 +36,7 @@ def _rank(rank: int, port: int, bound: float, work: Callable[[Waiting], None]) -
 
 def codes(work: Callable[[Waiting], None], bound: float = LIMIT_S) -> list[int | None]:
     """Do `work` on three ranks; how each of them ended."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_ports()
     # Forked: each has torch already.
     context = multiprocessing.get_context("fork")
     ranks = [context.Process(target=_rank, args=(rank, port, bound, work)) for rank in range(SIZE)]
