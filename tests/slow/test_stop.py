@@ -28,32 +28,9 @@ class Job:
         binaries = Path(sys.executable).parent
         command = [
             *(binaries / "deepspeed", "--num_accelerators", 2, "--master_port", free_ports()),
-            *(
-                "--module",
-                "mirage_ds.train",
-                "--model",
-                model,
-                "--stage",
-                "sft",
-                "--data_path",
-                data,
-                "--save_model_path",
-                out,
-                "--resume",
-                "auto",
-            ),
-            *(
-                "--epochs",
-                STEPS,
-                "--max_steps",
-                STEPS,
-                "--num_workers",
-                1,
-                "--report_to",
-                "none",
-                "--global_batch_size",
-                4,
-            ),
+            *("--module", "mirage_ds.train", "--resume", "auto", "--stage", "sft", "--global_batch_size", 4),
+            *("--model", model, "--data_path", data, "--save_model_path", out, "--report_to", "none"),
+            *("--epochs", STEPS, "--max_steps", STEPS, "--num_workers", 1),
         ]
         environment = os.environ | {"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
         self.out = out
