@@ -32,9 +32,9 @@ demo: install
 test: install
 	$(ENV) $(BIN)/python -m pytest tests/dist tests/unit -m "not slow" -n 3 --dist loadfile --no-loadscope-reorder
 
-# In this order the long files come early; xdist's own would begin with those of the most tests.
+# Three processes on two cores, since ranks wait for each other; the longest files first (tests/slow/conftest.py).
 test-slow: install
-	$(ENV) $(BIN)/python -m pytest tests/dist tests/slow tests/unit/docs tests/unit/study -m slow --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(ENV) $(BIN)/python -m pytest tests/dist tests/slow tests/unit/docs tests/unit/study -m slow --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 # Every page of the site, a study's report and a page of inspect, in Chromium; needs cluster-packages.
 test-browser: docs

@@ -37,8 +37,9 @@ def require_hosts() -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """First the file that waits for Slurm's time limit, since others compute meanwhile, then the longest."""
-    first = ("test_requeue.py", "test_training.py")
-    items.sort(key=lambda item: first.index(item.path.name) if item.path.name in first else len(first))
+    first = ("requeue", "training", "failures", "doctor", "lost_hosts", "trainer_failures", "studies")
+    places = {f"test_{name}.py": place for place, name in enumerate(first)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 @pytest.fixture(scope="session")

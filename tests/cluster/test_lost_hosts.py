@@ -13,7 +13,8 @@ from .jobs import all_end, start_all
 from .slurm import Slurm
 
 
-@pytest.mark.parametrize(("rank", "what"), [(1, "power"), (1, "cable"), (0, "power"), (0, "cable")])
+# The real trainer loses rank 1's host without power in test_requeue.py.
+@pytest.mark.parametrize(("rank", "what"), [(1, "cable"), (0, "power"), (0, "cable")])
 def test_a_host_is_lost(rank: int, what: str, cluster: Cluster, slurm: Slurm, tmp_path: Path) -> None:
     jobs = start_all(slurm, tmp_path)
     for job in jobs:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from .hosts import Cluster, Host
-from .jobs import GUARD, LAUNCHERS, Job, flags
+from .jobs import GUARD, Job, flags
 from .slurm import Slurm
 
 
@@ -67,8 +67,10 @@ def alone(losses: Callable[..., Steps], slurm: Slurm) -> Callable[[int], Steps]:
 @pytest.mark.parametrize(
     ("count", "slots", "launcher"),
     [
-        *((2, 1, launcher) for launcher in (*LAUNCHERS, "sbatch")),
-        # What ranks of other shapes are given is the same under each launcher: test_launch.py.
+        (2, 1, "pdsh"),
+        (2, 1, "pods"),
+        (2, 1, "sbatch"),
+        # What ranks of a shape are given is the same under each launcher: test_launch.py.
         (2, 2, "slurm"),
         (3, 1, "mpi"),
     ],

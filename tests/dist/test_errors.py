@@ -99,13 +99,6 @@ def test_json_value_that_deepspeed_refuses(nano: Path, mixed: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_wrong_load_model_path(nano: Path, mixed: Path, tmp_path: Path) -> None:
-    path = tmp_path / "nowhere"
-    sentence = f"error: --load_model_path {path}: no such folder"
-    refused(dict(model=nano, load_model_path=path, stage="sft", data_path=mixed), tmp_path, sentence)
-
-
-@pytest.mark.slow
 def test_broken_weights_leave_the_run_folder_unclaimed(nano: Path, mixed: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(nano, broken)
@@ -113,12 +106,6 @@ def test_broken_weights_leave_the_run_folder_unclaimed(nano: Path, mixed: Path, 
     weights.write_bytes(weights.read_bytes()[:-1000])
     sentence = f"error: {weights}: not a whole safetensors file"
     refused(dict(model=nano, load_model_path=broken, stage="sft", data_path=mixed), tmp_path, sentence)
-
-
-@pytest.mark.slow
-def test_no_usable_row(nano: Path, mixed: Path, tmp_path: Path) -> None:
-    sentence = f"error: {mixed}: no usable row: all 12 are longer than --max_length 8 (the longest has "
-    refused(dict(model=nano, stage="sft", data_path=mixed, max_length=8), tmp_path, sentence)
 
 
 @pytest.mark.slow

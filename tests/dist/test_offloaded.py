@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.extensions import compiled
+from support.extensions import compiled, use_folder
 from support.group import Group
 
 from mirage_ds.config.run import RunConfig
@@ -33,6 +33,8 @@ CPU: dict[str, Any] = {"device": "cpu", "pin_memory": False}
 
 def _train(world: Any, settings: dict[str, Any]) -> dict[str, Any]:
     """Train through open_run and step, and save."""
+    # The rank may be older than what has been compiled.
+    use_folder()
     config = RunConfig(**settings)
     run = Run(config, world)
     data, learner = open_run(run)
@@ -60,7 +62,6 @@ def _norms(world: Any, settings: dict[str, Any]) -> list[tuple[float, float]]:
 def train(
     group: Group, nano: Path, mixed: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., list[dict[str, Any]]]:
-    # Before the ranks start: they inherit where the extensions are.
     compiled("CPUAdamBuilder")
     scratch = tmp_path_factory.mktemp("offload")
 

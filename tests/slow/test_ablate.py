@@ -1,4 +1,4 @@
-"""`mirage-ds ablate` for real: four arms, two seeds, one arm that fails, a stop in the middle, and the report."""
+"""`mirage-ds ablate` for real: three arms, two seeds, one arm that fails, a stop in the middle, and the report."""
 
 from __future__ import annotations
 
@@ -44,14 +44,15 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "gradient_checkpointing": False,
     }
     values["out"] = "runs"
-    values["arms"] = {name: values["arms"][name] for name in ("text", "pause", "mirage")}
-    for name in ("text", "pause"):
-        values["arms"][name]["chain"] = ["base", "sft"]
+    # The arm of text alone is in test_first_hour.py.
+    values["arms"] = {name: values["arms"][name] for name in ("pause", "mirage")}
+    values["arms"]["pause"]["chain"] = ["base", "sft"]
     # 25 features do not make 30 latents: found by the run itself, when it measures its records.
     broken = {"chain": ["base", "stage1"], "settings": {"stage1.latent_size": 30}, "about": "fails"}
     values["arms"]["broken"] = broken
     values["evaluations"]["test"] |= {"max_new_tokens": 12, "controls": "own,zero"}
-    values["report"]["contrasts"] = [{"arm": arm, "base": "text", "evaluation": "test"} for arm in ("pause", "broken")]
+    values["report"]["primary"]["base"] = "pause"
+    values["report"]["contrasts"] = [{"arm": "broken", "base": "pause", "evaluation": "test"}]
     (folder / "study.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     return folder
 
@@ -62,7 +63,7 @@ def models(study: Path, name: str) -> list[Path]:
 
 @pytest.mark.slow
 def test_a_study_is_stopped_goes_on_and_is_reported(study: Path) -> None:
-    assert "11 training runs instead of 18" in mirage("ablate", "plan", "study.yaml", folder=study)
+    assert "9 training runs instead of 14" in mirage("ablate", "plan", "study.yaml", folder=study)
     command = [str(Path(sys.executable).parent / "mirage-ds"), "ablate", "run", "study.yaml", "--jobs", "2"]
     with subprocess.Popen(command, cwd=study, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         # Stop once a run of the arms has a checkpoint, so that it goes on from there.
@@ -88,7 +89,7 @@ def test_a_study_is_stopped_goes_on_and_is_reported(study: Path) -> None:
     assert "base-" not in said, "it was done before the stop"
     assert all(place.stat().st_mtime_ns == changed for place, changed in before.items())
     status = json.loads(mirage("ablate", "status", "study.yaml", "--json", folder=study))
-    assert status["arms"] == {"text": {"done": 2}, "pause": {"done": 2}, "mirage": {"done": 2}, "broken": {"failed": 2}}
+    assert status["arms"] == {"pause": {"done": 2}, "mirage": {"done": 2}, "broken": {"failed": 2}}
     assert all("fewer than latent_size 30" in why for why in status["failed"].values())
     # A stopped run took every step once.
     for name in ("base", "sft", "stage1", "stage2"):
@@ -101,11 +102,11 @@ def test_a_study_is_stopped_goes_on_and_is_reported(study: Path) -> None:
     report = json.loads((study / "runs/report/report.json").read_text())
     assert len(report["holes"]) >= 2
     text = (study / "runs/report/report.md").read_text()
-    assert "Primary endpoint, mirage − text" in text
+    assert "Primary endpoint, mirage − pause" in text
     assert "fewer than latent\\_size 30" in text or "fewer than latent_size 30" in text
     with (study / "runs/report/report.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert {row["arm"] for row in rows if row["score"]} == {"text", "pause", "mirage"}
+    assert {row["arm"] for row in rows if row["score"]} == {"pause", "mirage"}
     # The table's score is the mean of the results on disk.
     results = [json.loads(one.read_text()) for one in (study / "runs/runs").glob("evaluate-*/result.json")]
     whole = [sum(answer["metrics"]["success"] for answer in one["answers"]) / len(one["answers"]) for one in results]

@@ -107,7 +107,7 @@ def maps(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def served(folder: Path, latents: str) -> Iterator[str]:
+def serving(folder: Path, latents: str) -> Iterator[str]:
     words = ("-m", "mirage_ds", "serve", folder, "--port", "0", "--latents", latents, "--max_new_tokens", TOKENS)
     server = subprocess.Popen([sys.executable, *map(str, words)], stdout=subprocess.PIPE, text=True)
     try:
@@ -119,6 +119,13 @@ def served(folder: Path, latents: str) -> Iterator[str]:
         assert server.wait(60) == 0
     finally:
         server.kill()
+
+
+@pytest.fixture(scope="module")
+def served(folder: Path) -> Iterator[dict[str, str]]:
+    """Addresses of two servers: of the folder's own latents, and of latents that are zero."""
+    with serving(folder, "own") as own, serving(folder, "zero") as zero:
+        yield {"own": own, "zero": zero}
 
 
 @pytest.fixture(scope="module")
@@ -146,14 +153,14 @@ def answers(log: Path) -> list[tuple[str, dict[str, int]]]:
 
 
 def test_lmms_eval_gets_the_same_latents_from_the_server_and_from_the_folder(
-    lmms_eval: Callable[..., Path], folder: Path
+    lmms_eval: Callable[..., Path], folder: Path, served: dict[str, str]
 ) -> None:
-    logs = {}
-    for latents in ("own", "zero"):
-        with served(folder, latents) as url:
-            logs[latents] = lmms_eval(
-                "openai", model_version=folder.name, base_url=url, timeout=600, max_retries=1, num_concurrent=4
-            )
+    logs = {
+        latents: lmms_eval(
+            "openai", model_version=folder.name, base_url=url, timeout=600, max_retries=1, num_concurrent=4
+        )
+        for latents, url in served.items()
+    }
     logs["folder"] = lmms_eval("mirage", batch=3, pretrained=folder)
     found = {name: answers(log) for name, log in logs.items()}
     assert found["folder"] == found["own"]
@@ -177,14 +184,13 @@ def test_lmms_eval_is_not_given_a_folder_without_latents(nano: Path, lmms_eval: 
         lmms_eval("mirage", pretrained=nano)
 
 
-def test_vlmevalkit_asks_the_server(folder: Path, maps: Path, tmp_path: Path) -> None:
+def test_vlmevalkit_asks_the_server(folder: Path, maps: Path, served: dict[str, str], tmp_path: Path) -> None:
     python = python_of("vlmevalkit")
     tables = []
-    for latents in ("own", "zero"):
-        with served(folder, latents) as url:
-            words = ("--data", "Maps", "--model", folder.name, "--base-url", url, "--max-tokens", TOKENS, "--retry", 1)
-            words += ("--temperature", 0, "--judge", "exact_matching", "--work-dir", tmp_path / latents)
-            run(python, "vlmeval.run", *words, LMUData=str(maps), PRED_FORMAT="tsv")
+    for latents, url in served.items():
+        words = ("--data", "Maps", "--model", folder.name, "--base-url", url, "--max-tokens", TOKENS, "--retry", 1)
+        words += ("--temperature", 0, "--judge", "exact_matching", "--work-dir", tmp_path / latents)
+        run(python, "vlmeval.run", *words, LMUData=str(maps), PRED_FORMAT="tsv")
         tables += (tmp_path / latents).rglob("*_result.tsv")
     own, zero = (list(csv.DictReader(table.open(newline=""), delimiter="\t")) for table in tables)
     assert all(one["prediction"] for one in own)
