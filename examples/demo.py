@@ -52,14 +52,14 @@ class Training(NamedTuple):
 
 # see and read show another map's board: only the drawn path tells the answer. The others ask for a board's own path.
 TRAININGS = (
-    Training("see", "read a drawn path, a picture of the question", "sft", "nano", "shown", 180, 1.5e-3, LEARNS_TO_SEE),
+    Training("see", "read a drawn path, a picture of the question", "sft", "nano", "shown", 150, 1.5e-3, LEARNS_TO_SEE),
     Training(
-        *("read", "read a drawn path, as latents", "stage1", "see", "reading", 60, 1e-3),
+        *("read", "read a drawn path, as latents", "stage1", "see", "reading", 50, 1e-3),
         options=(*LEARNS_TO_SEE, "--train_targets", "--ce_weight", 20),
     ),
     Training("stage1", "plan: latents learn from the drawn path", "stage1", "read", "train", 40, 1e-3),
-    Training("stage2", "plan: the model's own latents", "stage2", "stage1", "train", 340, 1e-3),
-    Training("text", "plan: text alone, as many steps", "sft", "read", "train", 380, 1e-3),
+    Training("stage2", "plan: the model's own latents", "stage2", "stage1", "train", 220, 1e-3),
+    Training("text", "plan: text alone, as many steps", "sft", "read", "train", 260, 1e-3),
 )
 
 
@@ -220,7 +220,7 @@ def draw(controls: dict[str, Any], test: Path, picture: Path) -> None:
 
 @click.command()
 @click.option("--out", default="runs/demo", show_default=True, type=click.Path(path_type=Path))
-@click.option("--count", default=6_000, show_default=True, help="Training boards.")
+@click.option("--count", default=5_000, show_default=True, help="Training boards.")
 @click.option("--test_count", default=200, show_default=True, help="Held-out boards.")
 def main(out: Path, count: int, test_count: int) -> None:
     """Run the demo into a new folder."""
