@@ -16,7 +16,7 @@ reading() {
     mirage-ds data vary helper-input "$1-read/data.jsonl" --out "$1-shown"
 }
 
-planning --levels 3,4 --proportions 1,9 --count 6000 --seed 10 --out small
+planning --levels 3,4 --proportions 1,39 --count 6000 --seed 10 --out small
 planning --levels 4,5,6 --proportions 1,5,10 --count 8000 --seed 20 --out large
 for maps in small large; do reading "$maps"; done
 
