@@ -381,6 +381,15 @@ def test_stop_tokens_end_each_row_at_its_own_step(world: World) -> None:
     assert [row.ids[-1] for row in found[:5]] == [stop, other, stop, stop, stop]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_first_of_equally_likely_tokens_is_chosen(dtype: torch.dtype) -> None:
+    """On 16 rows as long as a real vocabulary, with three largest logits each, numpy's argmax is the oracle."""
+    logits = torch.randn(16, 151_668, generator=torch.Generator().manual_seed(0)).to(dtype)
+    places = torch.randint(logits.shape[-1], (16, 3), generator=torch.Generator().manual_seed(1))
+    logits.scatter_(1, places, 50.0)
+    assert greedy(logits, ()).tolist() == logits.float().numpy().argmax(-1).tolist() == places.amin(1).tolist()
+
+
 def test_sampled_row_does_not_depend_on_its_neighbours(world: World) -> None:
     seeds, limits = [100 + row for row in range(6)], Limits(12, longest_run=3)
     # Everything about as likely as the start of a run, so that some rows have runs.
