@@ -75,6 +75,18 @@ def test_every_arm_begins_at_its_base_and_has_as_many_steps(study: Study, seed: 
                 assert name != place.split()[1] or rows_of(one) == rows
 
 
+def test_what_is_compared_is_the_pages(study: Study) -> None:
+    report = study.spec.report
+    assert report is not None
+    (margin,) = re.findall(r"90 % interval lies within ± (0\.\d+)", PAGE)
+    assert report.margin == float(margin)
+    assert report.primary is not None
+    assert (report.primary.arm, report.primary.base, report.primary.levels) == ("learned", "text", None)
+    script = (HERE / "make_data.sh").read_text()
+    assert "--levels 5,6 --proportions 1,1 --count 2000 --seed 40 --split test" in script
+    assert "2,000 fresh maps, 1,000 each of levels 5 and 6" in " ".join(PAGE.split())
+
+
 def test_the_base_is_trained_as_the_page_says(study: Study) -> None:
     chain = {name.split()[1]: one for name, one in chains(study, 3)["learned"].items()}
     rows = re.findall(r"^\| (see-small|see|read) \|.*\| (\d+) \| ([\d.e-]+) \|$", PAGE, re.MULTILINE)
