@@ -81,7 +81,7 @@ def test_what_is_compared_is_the_pages(study: Study) -> None:
     (margin,) = re.findall(r"90 % interval lies within ± (0\.\d+)", PAGE)
     assert report.margin == float(margin)
     assert report.primary is not None
-    assert (report.primary.arm, report.primary.base, report.primary.levels) == ("learned", "text", None)
+    assert (report.primary.arm, report.primary.base, report.primary.levels) == ("learned", "text", ())
     script = (HERE / "make_data.sh").read_text()
     assert "--levels 5,6 --proportions 1,1 --count 2000 --seed 40 --split test" in script
     assert "2,000 fresh maps, 1,000 each of levels 5 and 6" in " ".join(PAGE.split())
