@@ -364,7 +364,9 @@ def test_a_server_writes_a_bank_whoever_comes_first(
     assert len(files) == len(whole) > 2
     for name, latents in files.items():
         torch.testing.assert_close(latents, others[name], rtol=1e-4, atol=1e-4)
-        assert any(torch.equal(latents, torch.stack(found)) for found in whole.values())
+        # Each question was asked twice: its twin may have ended first, beside other rows.
+        same = [torch.stack(found) for found in whole.values() if len(found) == len(latents)]
+        assert sum(torch.allclose(latents, one, rtol=1e-4, atol=1e-4) for one in same) == 1
     assert [one.choices[0].message for one in swapped] == [one.choices[0].message for one in again]
     partners = {}
     for number, one in enumerate(swapped):
