@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -362,17 +363,17 @@ def test_a_server_writes_a_bank_whoever_comes_first(
     # A block that max_tokens cut short is none.
     whole = {number: [one for one in found if len(one) == K] for number, found in enumerate(blocks) if found}
     assert len(files) == len(whole) > 2
+    # Each question was asked twice: its twin may have ended first, beside other rows, which the last bits show.
+    near = partial(torch.allclose, rtol=1e-4, atol=1e-4)
     for name, latents in files.items():
         torch.testing.assert_close(latents, others[name], rtol=1e-4, atol=1e-4)
-        # Each question was asked twice: its twin may have ended first, beside other rows.
-        same = [torch.stack(found) for found in whole.values() if len(found) == len(latents)]
-        assert sum(torch.allclose(latents, one, rtol=1e-4, atol=1e-4) for one in same) == 1
+        assert sum(near(latents[0], found[0]) for found in whole.values()) == 1
     assert [one.choices[0].message for one in swapped] == [one.choices[0].message for one in again]
     partners = {}
     for number, one in enumerate(swapped):
         if one.choices[0].latents:
             first = states_of(one.choices[0].latents[0])
-            (partners[number],) = (other for other, found in whole.items() if torch.equal(first, found[0]))
+            (partners[number],) = (other for other, found in whole.items() if near(first, found[0]))
     # A question that was not asked before gets somebody's too.
     assert 5 in partners
     assert {partners[number] for number in whole} == {*whole}
