@@ -1,4 +1,4 @@
-"""The whole of mirage_ds in ten minutes on two CPU cores: a small model that draws a path in its latents.
+"""The whole of mirage_ds in ten minutes on two CPU cores: a small model whose answers need its latents.
 
     python examples/demo.py --out runs/demo
 
@@ -36,7 +36,7 @@ class Training(NamedTuple):
     """One training of the demo.
 
     Attributes:
-        name: its folder's; start: the training whose model it goes on from; rows: the folder of its records.
+        name: of its folder; start: the folder of its first model; rows: the folder of its records.
         learning_rate: at its peak.
     """
 
