@@ -2,8 +2,8 @@
 
     python examples/study2/letters.py planning/data.jsonl --out letters
 
-What an encoder of helpers then makes latents of is the answer's text: how much of a drawn path's worth is the answer
-that it gives away? A picture has one cell a move, as many columns as the board, and as many rows as it needs.
+The encoder of helpers then sees the answer's text only: how much of a drawn path's benefit is the answer itself? A
+picture is as large as the board, white, with a letter a cell, row by row.
 """
 
 from __future__ import annotations
